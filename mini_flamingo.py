@@ -41,7 +41,7 @@ class MiniFlamingoConfig:
     resampler_depth: int = 4
     resampler_heads: int = 8
     resampler_dim_head: int = 32
-    vocabulary_size: int = 88
+    vocabulary_size: int = 93
     dim: int = 192  # language model width
     depth: int = 4
     heads: int = 6

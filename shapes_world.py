@@ -35,7 +35,7 @@ COLOURS = {
     "purple": (0.60, 0.20, 0.75),
     "white": (0.97, 0.97, 0.97),
 }
-SHAPES = ("circle", "square", "triangle", "cross", "diamond")
+SHAPES = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses", "diamond": "diamonds"}
 SIZES = {"small": 3.9, "large": 6.2}  # radius in pixels
 PLACES = tuple(column + row for row in "12345" for column in "abcde")  # reading order
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -44,7 +44,7 @@ UNSEEN_PAIRS = frozenset({("purple", "triangle"), ("green", "cross"), ("blue", "
 MAX_OBJECTS = 10
 
 PAD, IMAGE, END_OF_CHUNK = "<pad>", "<image>", "<|endofchunk|>"
-_FUNCTION_WORDS = "; , . : ? in a an the what is at where how many objects there yes no nothing list describe output this"
+_FUNCTION_WORDS = "; , . : ? in a an the what is at where how many objects there yes no nothing list describe output called"
 VOCABULARY = (
     PAD,
     IMAGE,
@@ -53,6 +53,7 @@ VOCABULARY = (
     *SIZES,
     *COLOURS,
     *SHAPES,
+    *SHAPES.values(),
     *NUMBERS,
     *NONCE_WORDS,
     *_FUNCTION_WORDS.split(),
@@ -111,7 +112,7 @@ class Thing:
 
     @property
     def shape_word(self) -> str:
-        return SHAPES[self.shape]
+        return tuple(SHAPES)[self.shape]
 
     @property
     def is_unseen_pair(self) -> bool:
@@ -258,7 +259,7 @@ def ask(scene: Scene, kind: str, rng: random.Random) -> tuple[str, str]:
         return "how many objects ?", NUMBERS[len(scene)]
     if kind == "how many of":
         word = _attribute(rng.choice(scene), rng) if rng.random() < 0.7 else rng.choice([*COLOURS, *SHAPES])
-        noun = f"{word} objects" if word in COLOURS else word
+        noun = SHAPES.get(word) or f"{word} objects"
         return f"how many {noun} ?", NUMBERS[sum(word in thing.words.split() for thing in scene)]
     if kind == "is there":
         return _ask_is_there(scene, rng)
@@ -354,22 +355,25 @@ def _shot_scenes(rng: random.Random, split: str, count: int) -> list[Scene]:
     return [sample_scene(rng, split, 1, 1) for _ in range(count)]
 
 
-def word_example(rng: random.Random, shots: int, split: str = "train", as_text: bool = False) -> Example:
-    """Two nonce words mean two colours or two shapes, in this episode only:
+def word_example(
+    rng: random.Random, shots: int, split: str = "train", as_text: bool = False, meanings: int = 2
+) -> Example:
+    """Nonce words mean colours, or shapes, in this episode only:
 
-        <image> this is a dax <|endofchunk|> <image> this is a wug <|endofchunk|> ... <image> this is a
+        <image> called dax <|endofchunk|> <image> called wug <|endofchunk|> ... <image> called
 
-    `shots` images with their word, then the image to be named. Guessing between the two words is right half of the time.
+    `shots` images with their word, then the image to be named. With two meanings, guessing between the two words is right
+    half of the time.
     """
     attribute, count = rng.choice((("colour", len(COLOURS)), ("shape", len(SHAPES))))
-    meanings = dict(zip(rng.sample(range(count), 2), rng.sample(NONCE_WORDS, 2), strict=True))
+    words = dict(zip(rng.sample(range(count), meanings), rng.sample(NONCE_WORDS, meanings), strict=True))
     writer, scenes = _Writer(), []
     while len(scenes) <= shots:
         (scene,) = _shot_scenes(rng, split, 1)
-        word = meanings.get(getattr(scene[0], attribute))
+        word = words.get(getattr(scene[0], attribute))
         if word is not None:
             scenes.append(scene)
-            writer.add(f"{scene[0].words if as_text else IMAGE} this is a", f"{word} {END_OF_CHUNK}")
+            writer.add(f"{scene[0].words if as_text else IMAGE} called", f"{word} {END_OF_CHUNK}")
     return writer.example(*scenes)
 
 
@@ -389,6 +393,24 @@ def task_example(rng: random.Random, shots: int, split: str = "train", as_text: 
         see = f"{scene[0].place_word} {scene[0].words}" if as_text else IMAGE
         writer.add(f"{see} output :", f"{read(scene[0])} {END_OF_CHUNK}")
     return writer.example(*scenes)
+
+
+def prompt_of(example: Example) -> str:
+    """The words in front of the last answer: what a model is given to continue."""
+    words = example.text.split()
+    return " ".join(words[: _last_answer_start(example)])
+
+
+def answer_of(example: Example) -> str:
+    """The last answer, without its end-of-chunk token."""
+    return " ".join(example.text.split()[_last_answer_start(example) :]).removesuffix(END_OF_CHUNK).strip()
+
+
+def _last_answer_start(example: Example) -> int:
+    start = len(example.answers)
+    while start and example.answers[start - 1]:
+        start -= 1
+    return start
 
 
 @dataclass(frozen=True)

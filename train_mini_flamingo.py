@@ -35,7 +35,7 @@ from shapes_world import Batch, Example, WordTokenizer, collate
 TEXT_LENGTH = 128  # words in a language-only example
 LATENT_COUNTS, LATENT_WEIGHTS = (4, 8, 16, 32, 64), (0.1, 0.12, 0.18, 0.25, 0.35)
 DEPTHS, DEPTH_WEIGHTS = (1, 2, 3, 4), (0.15, 0.2, 0.25, 0.4)
-QUESTION_WEIGHTS = {"what is at": 0.2, "where is": 0.3, "how many": 0.15, "how many of": 0.2, "is there": 0.15}
+QUESTION_WEIGHTS = {"what is at": 0.2, "where is": 0.25, "how many": 0.2, "how many of": 0.2, "is there": 0.15}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Stage:
 
 STAGES = {
     "vision": Stage(steps=600, learning_rate=2e-3, batch_size=64),
-    "language": Stage(steps=1500, learning_rate=2e-3, batch_size=64),
+    "language": Stage(steps=2200, learning_rate=2e-3, batch_size=64),
     "warmup": Stage(steps=800, learning_rate=1.5e-3, batch_size=64),
     "align": Stage(steps=1600, learning_rate=1.5e-3, batch_size=64),
 }
@@ -91,7 +91,7 @@ def text_example(rng: random.Random) -> Example:
     """Text alone. One scene in seven is left out (an <image> without its image), so the questions' own odds are learned."""
     kind = rng.choices(("questions", "list", "describe", "word", "task"), (0.4, 0.12, 0.08, 0.3, 0.1))[0]
     if kind == "word":
-        return world.word_example(rng, shots=11, as_text=True)
+        return world.word_example(rng, shots=15, as_text=True, meanings=rng.randint(2, 4))
     if kind == "task":
         return world.task_example(rng, shots=11, as_text=True)
     scene = world.sample_scene(rng)

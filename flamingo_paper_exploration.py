@@ -1,0 +1,270 @@
+"""The architecture of Flamingo in three demonstrations, on a model that was really trained.
+
+    resampler   64 latents that read 576 patches, against self-attention over all of them: cost and what comes out
+    gates       tanh gates at 0 leave the language model untouched; what it says as they open; where training put them
+    model       Mini Flamingo end to end: parameters, times, its words for the sample images, held-out accuracy
+
+(Alayrac et al. 2022, sections 2.1, 2.2 and figure 3.) Timings are measured here and now; accuracies are of the shipped
+checkpoint on scenes that it never saw in training.
+"""
+
+import argparse
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import mini_flamingo_evaluation as evaluation
+from benchmarking import compare, default_device, environment, matmul_ceiling
+from exploration_plots import plot_captions, plot_gates, plot_latents
+from gated_cross_attention import GatedCrossAttentionBlock
+from mini_flamingo import MiniFlamingo, parameter_table, preset
+from mini_flamingo_checkpoint import SHIPPED, load_mini_flamingo
+from perceiver_resampler import DirectSelfAttention, PerceiverResampler
+from reporting import Column, format_bytes, format_count, format_percent, format_ratio, format_seconds, table, write_json
+from sample_images import FOLDER, load_samples
+from shapes_world import END_OF_CHUNK, WordTokenizer, collate
+
+__all__ = ["GatedCrossAttentionBlock", "MiniFlamingo", "PerceiverResampler", "main"]
+
+PATCHES = 576  # a 384-pixel image in 16-pixel patches
+
+
+def demonstrate_resampler(device: torch.device, quick: bool) -> dict:
+    """Times both forms on the same patch features and states their work."""
+    config = preset("paper")
+    generator = torch.Generator().manual_seed(0)
+    resampler = PerceiverResampler(config.vision_dim, config.resampler_depth, config.resampler_dim_head)
+    direct = DirectSelfAttention(config.vision_dim, config.resampler_depth, config.resampler_dim_head)
+    forms = {"self-attention": direct.to(device).eval(), "resampler": resampler.to(device).eval()}
+    ceiling = matmul_ceiling(device)
+    rows = []
+    for batch in (1,) if quick else (1, 8):
+        patches = torch.randn(batch, PATCHES, config.vision_dim, generator=generator).to(device)
+        with torch.inference_mode():
+            tokens = {name: form(patches).shape[1] for name, form in forms.items()}
+            timings = compare(
+                {name: lambda form=form, x=patches: form(x) for name, form in forms.items()},
+                device=device,
+                min_seconds=1 if quick else 4,
+            )
+        for name, form in forms.items():
+            timing, flops = timings[name], form.flops(PATCHES)
+            queries, keys = (tokens[name], PATCHES) if name == "self-attention" else (tokens[name], PATCHES + tokens[name])
+            rows.append(
+                {
+                    "form": name,
+                    "batch": batch,
+                    "tokens": tokens[name],
+                    "compression": PATCHES / tokens[name],
+                    "scores": f"{queries} x {keys}",
+                    "flops": flops,
+                    "seconds": timing.median,
+                    "images_per_second": batch / timing.median,
+                    "of_ceiling": batch * flops / timing.median / ceiling,
+                    "peak_bytes": timing.peak_bytes,
+                    "speedup": timing.speedup_over(timings["self-attention"]),
+                }
+            )
+    return {"rows": rows, "matmul_flops_per_second": ceiling, "dim": config.vision_dim, "depth": config.resampler_depth}
+
+
+def print_resampler(result: dict) -> None:
+    columns = [
+        "form", "batch", "tokens", Column("compression", "compression", format_ratio), Column("scores", "scores a head"),
+        Column("flops", "FLOP/image", format_count), Column("seconds", "time", format_seconds),
+        Column("images_per_second", "images/s"), Column("of_ceiling", "of ceiling", format_percent),
+        Column("peak_bytes", "memory", format_bytes), Column("speedup", "speedup", format_ratio),
+    ]  # fmt: skip
+    title = (
+        f"1. Perceiver Resampler against self-attention: {PATCHES} patches, {result['dim']} wide, {result['depth']} layers"
+    )
+    print(table(result["rows"], columns, title))
+    print(
+        f"\nEach layer scores 64 latents against 576 patches + 64 latents: {64 * 640:,} pairs where self-attention has "
+        f"{576 * 576:,}.\nEverything behind reads 64 visual tokens, whatever the resolution. Matrix products reach "
+        f"{format_count(result['matmul_flops_per_second'], 'FLOP/s')} here, the ceiling.\n"
+    )
+
+
+def with_gates_scaled(model: MiniFlamingo, factor: float) -> MiniFlamingo:
+    """A copy whose tanh(gate)s are `factor` times the trained ones; 0 closes them."""
+    model = deepcopy(model)
+    with torch.no_grad():
+        for block in model.gated_layers.values():
+            for gate in (block.attn_gate, block.ff_gate):
+                gate.copy_((gate.tanh() * factor).atanh())
+    return model
+
+
+@torch.inference_mode()
+def demonstrate_gates(model: MiniFlamingo, count: int) -> dict:
+    """Closes and opens the trained gates: distance of the logits from the frozen language model's, and what it answers."""
+    device = next(model.parameters()).device
+    examples = evaluation.question_examples("what is at", count)
+    tokenizer = WordTokenizer()
+    batch = collate(examples[:32], tokenizer, torch.Generator().manual_seed(0))
+    ids, images = batch.input_ids.to(device), batch.images.to(device)
+    words = ids != tokenizer.pad_id
+    text_only = model.language_model(ids)
+    rows = []
+    for factor in tqdm((0.0, 0.25, 0.5, 0.75, 1.0), "gates", leave=False):
+        scaled = with_gates_scaled(model, factor)
+        logits = scaled(ids, images)
+        change = ((logits - text_only).norm(dim=-1) / text_only.norm(dim=-1))[words].mean().item()
+        right = evaluation.exact_match(evaluation.answer(scaled, examples), examples)
+        rows.append({"factor": factor, "identical": torch.equal(logits, text_only), "change": change, "right": right})
+    trained = [
+        {"layer": int(i), "attention": block.attn_gate.tanh().item(), "feed_forward": block.ff_gate.tanh().item()}
+        for i, block in model.gated_layers.items()
+    ]
+    return {"opening": rows, "trained": trained}
+
+
+def print_gates(result: dict) -> None:
+    columns = [
+        Column("factor", "gates at", format_percent), Column("identical", "same logits as the language model"),
+        Column("change", "change of the logits", format_percent), Column("right", "`what is at` right", format_percent),
+    ]  # fmt: skip
+    print(table(result["opening"], columns, "2. Gates: closed, the language model itself; opened, it reads the image"))
+    columns = [
+        "layer",
+        Column("attention", "tanh(attn_gate)", "{:+.3f}".format),
+        Column("feed_forward", "tanh(ff_gate)", "{:+.3f}".format),
+    ]
+    print("\n" + table(result["trained"], columns, "   where training put them (they start at 0)") + "\n")
+
+
+@torch.inference_mode()
+def latent_attention(model: MiniFlamingo, image: Tensor) -> Tensor:
+    """What each latent reads in the resampler's first layer, over its heads: uint8[3, h, w] -> float[L, side, side]."""
+    patches = model.vision_encoder(image[None])
+    attention = model.resampler.layers[0][0]
+    q, k, _ = attention.queries_keys_values(patches, model.resampler.latents[None])
+    weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)[0, ..., : patches.shape[1]].mean(0)
+    return weights.unflatten(-1, (int(patches.shape[1] ** 0.5), -1)).cpu()
+
+
+def demonstrate_model(model: MiniFlamingo, samples: list[dict], device: torch.device, quick: bool) -> dict:
+    """Parameters, times, words for the sample images, accuracy on held-out scenes and its control."""
+    tokenizer = WordTokenizer()
+    shown = []
+    for sample in samples:
+        prompt = tokenizer.pad_left([sample["prompt"]]).to(device)
+        said = tokenizer.decode(model.generate(prompt, sample["pixels"][None].to(device))[0])
+        said = said.removesuffix(END_OF_CHUNK).strip()
+        shown.append({key: sample[key] for key in ("images", "prompt", "truth")} | {"said": said, "right": said == sample["truth"]})
+    return {
+        "parameters": parameter_table(model),
+        "times": time_model(model, samples[0], device),
+        "samples": shown,
+        "accuracy": held_out_accuracy(model, 64 if quick else 256),
+    }
+
+
+@torch.inference_mode()
+def time_model(model: MiniFlamingo, sample: dict, device: torch.device) -> list[dict]:
+    """Seconds of each part of a caption of one image, batch 1, with the model's own FLOP counts where it has them."""
+    tokenizer = WordTokenizer()
+    prompt = tokenizer.pad_left([sample["prompt"]]).to(device)
+    image = sample["pixels"][None, :1].to(device)
+    patches = model.vision_encoder(image[0])
+    media = model.encode_media(image)
+    _, state = model.prefill(prompt, media, 96)
+    length, token = state.cache.length.clone(), prompt[:, -1:]
+
+    def decode_one() -> Tensor:
+        state.cache.length.copy_(length)  # the same step each time
+        return model.decode(token, state)
+
+    parts = {
+        "vision encoder": lambda: model.vision_encoder(image[0]),
+        "resampler": lambda: model.resampler(patches),
+        f"prompt of {prompt.shape[1]} words": lambda: model.prefill(prompt, media, 96),
+        "one more word": decode_one,
+        "image to caption": lambda: model.generate(prompt, image),
+    }
+    timings = compare(parts, device=device, min_seconds=2, memory=False)
+    return [{"part": name, "seconds": timing.median, "runs": timing.runs} for name, timing in timings.items()]
+
+
+def held_out_accuracy(model: MiniFlamingo, count: int) -> list[dict]:
+    """Each score with the images, with blank ones and with another row's."""
+    ways = {"images": None, "blank": evaluation.blanked(model), "shuffled": evaluation.shuffled(model)}
+    rows: dict[str, dict] = {}
+    for way, encode in tqdm(ways.items(), "held-out accuracy", leave=False):
+        scores = {f"caption: {k}": v for k, v in evaluation.caption_scores(model, encode, count).items()}
+        scores |= {f"{k} ... ?": v for k, v in evaluation.question_scores(model, encode, count).items()}
+        shots = evaluation.word_scores(model, encode, count, shot_counts=(8,))
+        scores |= {f"new word, {k} shots": v for k, v in shots.items()}
+        for task, score in scores.items():
+            rows.setdefault(task, {"task": task})[way] = score
+    return list(rows.values())
+
+
+def print_model(result: dict) -> None:
+    columns = ["part", *(Column(c, c, format_count) for c in ("total", "frozen", "trained"))]
+    print(table(result["parameters"], columns, "3. Mini Flamingo: parameters") + "\n")
+    print(table(result["times"], ["part", Column("seconds", "time", format_seconds)], "   one image, batch 1") + "\n")
+    for sample in result["samples"]:
+        print(f"   {', '.join(sample['images'])}")
+        print(f"     prompt  {sample['prompt']}")
+        print(f"     model   {sample['said']}")
+        print(f"     truth   {sample['truth'] if not sample['right'] else 'the same'}")
+    columns = ["task", *(Column(way, way, format_percent) for way in ("images", "blank", "shuffled"))]
+    print("\n" + table(result["accuracy"], columns, "   right word for word, on held-out scenes of 1 to 8 objects") + "\n")
+
+
+def run(arguments: argparse.Namespace) -> dict:
+    device = torch.device(arguments.device) if arguments.device else default_device()
+    results: dict = {"environment": environment(device), "arguments": {"quick": arguments.quick, "only": arguments.only}}
+    if "resampler" in arguments.only:
+        results["resampler"] = demonstrate_resampler(device, arguments.quick)
+        print_resampler(results["resampler"])
+    if {"gates", "model"} & set(arguments.only):
+        model = load_mini_flamingo(arguments.model, device)
+    if "gates" in arguments.only:
+        results["gates"] = demonstrate_gates(model, 64 if arguments.quick else 256)
+        print_gates(results["gates"])
+        if arguments.plot:
+            print(f"saved {plot_gates(results['gates'], arguments.plot / 'gates.png')}")
+    if "model" in arguments.only:
+        samples = load_samples(arguments.images, model.config.image_size)
+        results["model"] = demonstrate_model(model, samples, device, arguments.quick)
+        print_model(results["model"])
+        if arguments.plot:
+            image = samples[0]["pixels"][0]
+            maps = latent_attention(model, image.to(device))
+            print(f"saved {plot_latents(image, maps, arguments.plot / 'latents.png')}")
+            pixels = [sample["pixels"] for sample in samples]
+            print(f"saved {plot_captions(pixels, results['model']['samples'], arguments.plot / 'captions.png')}")
+    return results
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--quick", action="store_true", help="fewer runs and scenes: about 20 s, for a first look")
+    names = ("resampler", "gates", "model")
+    parser.add_argument("--only", nargs="+", choices=names, default=list(names), help="which demonstrations")
+    parser.add_argument("--model", type=Path, default=SHIPPED, help="folder of a trained Mini Flamingo")
+    parser.add_argument("--images", type=Path, default=FOLDER, help="folder with images and samples.json")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write every figure to this file")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="save what the latents look at, the gates, a caption sheet")
+    arguments = parser.parse_args(argv)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    try:
+        results = run(arguments)
+    except (ValueError, RuntimeError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    if arguments.json:
+        write_json(arguments.json, results)
+        print(f"saved {arguments.json}")
+
+
+if __name__ == "__main__":
+    main()
