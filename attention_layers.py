@@ -142,25 +142,27 @@ class CrossAttention(nn.Module):
         return self.to_out(out.flatten(2))
 
     def flops(self, tokens: int, latents: int, images: int = 1) -> int:
-        """Operations for one row: the projection of `images` images (0 once they are cached) and `tokens` text tokens."""
+        """Operations for one row: the projection of `images` images (0 once they are cached) and `tokens` text tokens that
+        each read one image."""
         project = 4 * images * latents * self.dim_visual * self.inner
         return project + 4 * tokens * self.dim * self.inner + attention_flops(tokens, latents, self.inner)
 
 
 def _attend_to_single_image(q: Tensor, kv: MediaKV, layout: MediaLayout) -> Tensor:
     out = attend(q.transpose(1, 2), kv.k[:, 0], kv.v[:, 0]).transpose(1, 2)
-    return out * layout.sees_an_image[..., None, None]
+    return out.masked_fill(~layout.sees_an_image[..., None, None], 0)
 
 
 def _attend_by_segment(q: Tensor, kv: MediaKV, layout: MediaLayout) -> Tensor:
     """Tokens are gathered by image, attend to that image alone, and are put back; the spare slot stays zero."""
     segments = layout.segments
-    grouped = q.flatten(0, 1)[segments.token].transpose(1, 2)
+    grouped = q.flatten(0, 1).index_select(0, segments.token.flatten())  # its backward is faster than indexing's
+    grouped = grouped.unflatten(0, segments.token.shape).transpose(1, 2)
     k, v = kv.k.flatten(0, 1), kv.v.flatten(0, 1)
     if len(segments.image) < k.shape[0]:  # some images are seen by no token: leave them out
-        k, v = k[segments.image], v[segments.image]
+        k, v = k.index_select(0, segments.image), v.index_select(0, segments.image)
     out = attend(grouped, k, v).transpose(1, 2).flatten(0, 1)
-    return F.pad(out, (0, 0, 0, 0, 0, 1))[segments.slot].unflatten(0, q.shape[:2])
+    return F.pad(out, (0, 0, 0, 0, 0, 1)).index_select(0, segments.slot).unflatten(0, q.shape[:2])
 
 
 def _attend_to_all_so_far(q: Tensor, kv: MediaKV, layout: MediaLayout) -> Tensor:
@@ -168,21 +170,24 @@ def _attend_to_all_so_far(q: Tensor, kv: MediaKV, layout: MediaLayout) -> Tensor
     visible = layout.visible_media | ~sees  # a row with nothing to attend to would be undefined: zeroed below instead
     mask = visible.repeat_interleave(kv.k.shape[3], dim=-1)[:, None]
     k, v = (rearrange(each, "b m h l e -> b h (m l) e") for each in (kv.k, kv.v))
-    return attend(q.transpose(1, 2), k, v, mask=mask).transpose(1, 2) * sees[..., None]
+    return attend(q.transpose(1, 2), k, v, mask=mask).transpose(1, 2).masked_fill(~sees[..., None], 0)
 
 
-def rotary_angles(positions: Tensor, dim_head: int, base: float = 10_000.0) -> Tensor:
-    """positions int64[T] -> complex64[T, E/2], the rotations of rotary position embeddings (Su et al. 2021)."""
+Rotary = tuple[Tensor, Tensor]  # cosines and sines float32[T, E/2]
+
+
+def rotary_embedding(positions: Tensor, dim_head: int, base: float = 10_000.0) -> Rotary:
+    """positions int64[T] -> the angles of rotary position embeddings (Su et al. 2021), as cosines and sines."""
     frequencies = base ** (-torch.arange(0, dim_head, 2, device=positions.device, dtype=torch.float32) / dim_head)
     angles = positions[:, None].float() * frequencies
-    return torch.polar(torch.ones_like(angles), angles)
+    return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turns the two halves of each head, x float[B, H, T, E], as the real and imaginary parts of E/2 numbers."""
-    cos, sin = angles.real.to(x.dtype), angles.imag.to(x.dtype)
-    real, imaginary = x.chunk(2, dim=-1)
-    return torch.cat((real * cos - imaginary * sin, imaginary * cos + real * sin), dim=-1)
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Turns the two halves of each head, x float[B, H, T, E], as the coordinates of E/2 points in the plane."""
+    cos, sin = (each.to(x.dtype) for each in rotary)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -219,14 +224,15 @@ class SelfAttentionLayer(nn.Module):
         self,
         x: Tensor,
         mask: Tensor | None = None,
-        rotary: Tensor | None = None,
+        rotary: Rotary | None = None,
         cache: KVCache | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """mask bool[B, 1, T, S] replaces the causal mask (a cache needs one); rotary complex64[T, E/2] turns q and k.
+        """mask bool[B, 1, T, S] replaces the causal mask (a cache needs one); rotary (`rotary_embedding`) turns q and k.
 
         With a cache, new keys and values go to slots `positions` int64[T] and the queries see all S slots the mask allows.
         """
+        assert cache is None or (mask is not None and positions is not None), "a cache has slots that are not filled yet"
         check_width("x", x, 3, self.dim)
         q, k, v = rearrange(self.to_qkv(self.norm(x)), "b t (three h e) -> three b h t e", three=3, h=self.heads)
         if rotary is not None:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention_layers import KVCache, SelfAttentionLayer, rotary_angles
+from attention_layers import KVCache, Rotary, SelfAttentionLayer, rotary_embedding
 from feedforward import FeedForward
 
 MIX_WIDTH = 4
@@ -41,7 +41,7 @@ class _Context:
     """What all layers of one forward share: the tokens' slots, their rotations, padding and the attention mask."""
 
     positions: Tensor
-    rotary: Tensor
+    rotary: Rotary
     is_token: Tensor | None
     mask: Tensor | None
 
@@ -127,7 +127,7 @@ class CausalLanguageModel(nn.Module):
         positions = torch.arange(input_ids.shape[1], device=device)
         if cache is not None:
             positions = positions + cache.length
-        rotary = rotary_angles(positions, self.dim // self.heads)
+        rotary = rotary_embedding(positions, self.dim // self.heads)
         if cache is None:
             keys, is_key = positions, is_token
         else:

@@ -74,12 +74,12 @@ class MediaLayout:
             )
         return MediaLayout.from_index(media_index_from_locations(media_locations), num_media)
 
-    @cached_property
+    @property
     def sees_an_image(self) -> Tensor:
         """bool[B, T]"""
         return self.media_index >= 0
 
-    @cached_property
+    @property
     def visible_media(self) -> Tensor:
         """bool[B, T, M]: every image at or before a token, for `only_attend_immediate_media=False`."""
         return torch.arange(self.num_media, device=self.media_index.device) <= self.media_index[..., None]

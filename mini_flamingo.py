@@ -215,6 +215,8 @@ class MiniFlamingo(nn.Module):
         if (images is None) == (media is None):
             raise ValueError("give exactly one of images and media; for text alone call language_model")
         media = self.encode_media(images) if media is None else media
+        if media.dim() != 4 or not media.shape[1]:
+            raise ValueError(f"there must be media float[B, M, L, D] with M at least 1; got shape {list(media.shape)}")
         if input_ids.dim() != 2 or len(input_ids) != len(media):
             raise ValueError(f"input_ids must be [B, T] with one row for each of {len(media)} rows of images; "
                              f"got shape {list(input_ids.shape)}")  # fmt: skip

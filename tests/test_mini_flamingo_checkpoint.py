@@ -1,0 +1,228 @@
+"""Checkpoints: what is saved is what is loaded, and what cannot be loaded is named."""
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import mini_flamingo_checkpoint as checkpoint
+from mini_flamingo_checkpoint import load_mini_flamingo, load_vocabulary, load_weights, save_mini_flamingo, save_weights
+from tiny_flamingo import TINY, random_images, tiny_flamingo
+
+VOCABULARY = ("<pad>", "<image>", "<|endofchunk|>", *(f"word{i}" for i in range(17)))
+
+
+def same_weights(one, other):
+    ours, theirs = one.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = tiny_flamingo()
+    save_mini_flamingo(tmp_path, model, VOCABULARY)
+    return model, tmp_path
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    content["config"] |= changes
+    path.write_text(json.dumps(content))
+
+
+def test_what_is_saved_is_loaded_bit_for_bit(tmp_path):
+    model = tiny_flamingo(dim=24, depth=2)
+    folder = tmp_path / "new" / "folder"
+    save_mini_flamingo(folder, model, VOCABULARY)
+    loaded = load_mini_flamingo(str(folder))
+    assert same_weights(loaded, model)
+    assert loaded.config == model.config == replace(TINY, dim=24, depth=2)
+    assert load_vocabulary(folder) == VOCABULARY
+    ids, images = torch.tensor([[1, 5, 6]]), random_images(1, 1)
+    assert torch.equal(loaded(ids, images), model(ids, images))
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_loaded_model_is_frozen_where_the_paper_freezes_it(saved):
+    model = load_mini_flamingo(saved[1])
+    assert not any(module.training for module in model.modules())
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (name.split(".")[0] in ("resampler", "gated_layers")), name
+
+
+def test_saving_replaces_what_was_there(saved):
+    _, folder = saved
+    torch.manual_seed(1)
+    other = tiny_flamingo(heads=4)
+    save_mini_flamingo(folder, other, VOCABULARY[::-1])
+    loaded = load_mini_flamingo(folder)
+    assert same_weights(loaded, other)
+    assert loaded.config.heads == 4
+    assert load_vocabulary(folder) == VOCABULARY[::-1]
+
+
+def test_weights_of_any_module_round_trip(tmp_path):
+    module, other = torch.nn.Linear(3, 4), torch.nn.Linear(3, 4)
+    module.weight = torch.nn.Parameter(torch.randn(3, 4).T)  # not contiguous
+    save_weights(tmp_path / "linear.safetensors", module)
+    load_weights(tmp_path / "linear.safetensors", other)
+    assert same_weights(other, module)
+
+
+class Killed(BaseException):
+    """Like KeyboardInterrupt: no `except Exception` may catch it."""
+
+
+@pytest.mark.parametrize("moves", [0, 1])
+def test_a_kill_while_moving_files_leaves_the_old_checkpoint(saved, monkeypatch, moves):
+    old, folder = saved
+    torch.manual_seed(1)
+    done, move = [], os.replace
+
+    def killed(source, target):
+        if len(done) == moves:
+            raise Killed
+        done.append(target)
+        move(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(Killed):
+        save_mini_flamingo(folder, tiny_flamingo(), VOCABULARY)
+    monkeypatch.undo()
+    assert same_weights(load_mini_flamingo(folder), old)
+    assert load_vocabulary(folder) == VOCABULARY
+    again = tiny_flamingo()
+    save_mini_flamingo(folder, again, VOCABULARY)
+    assert same_weights(load_mini_flamingo(folder), again), "what the kill left behind is in nobody's way"
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_kill_while_writing_weights_leaves_the_old_checkpoint(saved, monkeypatch):
+    old, folder = saved
+
+    def killed(tensors, path):
+        path.write_bytes(b"half a file")
+        raise Killed
+
+    monkeypatch.setattr(checkpoint, "save_file", killed)
+    torch.manual_seed(1)
+    with pytest.raises(Killed):
+        save_mini_flamingo(folder, tiny_flamingo(), VOCABULARY)
+    assert same_weights(load_mini_flamingo(folder), old)
+
+
+@pytest.mark.xfail(reason="config and weights are moved one after the other: between them they do not fit", strict=True)
+def test_a_kill_leaves_the_old_checkpoint_where_the_new_one_has_another_config(saved, monkeypatch):
+    old, folder = saved
+    monkeypatch.setattr(checkpoint, "save_weights", lambda *_: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        save_mini_flamingo(folder, tiny_flamingo(dim=24), VOCABULARY)
+    assert same_weights(load_mini_flamingo(folder), old)
+
+
+# ---------------------------------------------------------------------------------------------------- errors
+
+
+def test_a_folder_without_a_checkpoint_says_what_to_do(tmp_path):
+    for folder in (tmp_path, tmp_path / "nothing"):
+        for load in (load_mini_flamingo, load_vocabulary):
+            with pytest.raises(ValueError, match=f"no trained Mini Flamingo in {folder}: train one with python"):
+                load(folder)
+
+
+def test_missing_weights_are_named(saved):
+    (saved[1] / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors is missing: train it with python"):
+        load_mini_flamingo(saved[1])
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"config": ', "not json at all"])
+def test_a_damaged_config_is_named(saved, text):
+    (saved[1] / "config.json").write_text(text)
+    for load in (load_mini_flamingo, load_vocabulary):
+        with pytest.raises(ValueError, match=r"config\.json is damaged"):
+            load(saved[1])
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "{}", '{"config": {}}', '{"vocabulary": []}'])
+def test_a_config_without_its_parts_is_named(saved, text):
+    (saved[1] / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json must hold a config and a vocabulary"):
+        load_mini_flamingo(saved[1])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"\xff\xfe\x00", id="not text"),
+        pytest.param(b'{"config": 3, "vocabulary": []}', id="config is a number"),
+        pytest.param(None, id="a field of another type"),
+    ],
+)
+@pytest.mark.xfail(reason="bug: UnicodeDecodeError or TypeError, without the file's name", strict=True)
+def test_a_config_of_another_kind_is_named(saved, content):
+    if content is None:
+        change_config(saved[1], dim="wide")
+    else:
+        (saved[1] / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.json"):
+        load_mini_flamingo(saved[1])
+
+
+@pytest.mark.parametrize("kept", [0, 5, 200, 0.5, -1])
+def test_truncated_weights_are_named(saved, kept):
+    path = saved[1] / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        load_mini_flamingo(saved[1])
+
+
+def test_a_web_page_in_the_place_of_weights_is_named(saved):
+    (saved[1] / "model.safetensors").write_text("<!DOCTYPE html>" * 100)
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        load_mini_flamingo(saved[1])
+
+
+def test_weights_of_another_config_are_named(saved):
+    change_config(saved[1], dim=24)
+    with pytest.raises(ValueError, match=r"model\.safetensors holds the weights of another model.*instead of.*more"):
+        load_mini_flamingo(saved[1])
+    change_config(saved[1], dim=TINY.dim, depth=TINY.depth + 1)
+    with pytest.raises(ValueError, match=r"missing: gated_layers\.3.*and \d+ more"):
+        load_mini_flamingo(saved[1])
+    change_config(saved[1], depth=TINY.depth - 1)
+    with pytest.raises(ValueError, match=r"unknown: gated_layers\.2.*and \d+ more"):
+        load_mini_flamingo(saved[1])
+
+
+def test_a_single_other_tensor_is_named(saved):
+    _, folder = saved
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = "resampler.latents"
+    latents = tensors.pop(name)
+    for other, message in (
+        ({name: latents[:3]}, r"of another shape: resampler.latents \[3, 80\] instead of \[6, 80\]$"),
+        ({name: latents, "stranger": latents.clone()}, "unknown: stranger$"),
+        ({}, "missing: resampler.latents$"),
+    ):
+        save_file(tensors | other, path)
+        with pytest.raises(ValueError, match=message):
+            load_mini_flamingo(folder)
+
+
+def test_fields_of_another_version_are_named(saved):
+    change_config(saved[1], colour_depth=8)
+    with pytest.raises(ValueError, match=r"config\.json is not of this version: unknown fields \['colour_depth'\]"):
+        load_mini_flamingo(saved[1])
+    path = saved[1] / "config.json"
+    content = json.loads(path.read_text())
+    del content["config"]["colour_depth"], content["config"]["dim"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"config\.json is not of this version: .*missing fields \['dim'\]"):
+        load_mini_flamingo(saved[1])
