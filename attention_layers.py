@@ -2,13 +2,14 @@
 
 * `PerceiverAttention`: a few latents read many patches (Alayrac et al. 2022, section 2.1 and figure 5).
 * `CrossAttention`: text reads the visual tokens of its own image (section 2.2; gating is the caller's). Keys and values
-  are projected once per image by `project_media` and reused by every later call: decoding never touches the media again.
+  are projected once per image by `project_media` and reused by every later call: decoding never touches the media
+  again.
 * `SelfAttentionLayer`: for the vision encoder and the language model, with an optional preallocated KV cache.
 
 Parameter names of the first two are OpenFlamingo's. Left out: dropout inside attention, which no Flamingo uses.
 
-Legend: B batch, T text tokens, M images per sequence, P patches, L latents per image, D width, H heads, E width per head,
-S slots of a KV cache.
+Legend: B batch, T text tokens, M images per sequence, P patches, L latents per image, D width, H heads, E width per
+head, S slots of a KV cache.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from media_masks import MediaLayout
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """softmax(q k^T / sqrt(E)) v. q float[B, H, T, E], k and v float[B, H, S, E], mask bool[B, 1, T, S] (true: attend)."""
+    """softmax(q k^T / sqrt(E)) v. q float[B, H, T, E], k and v float[B, H, S, E], mask bool[B, 1, T, S] (true:
+    attend)."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 
@@ -90,8 +92,8 @@ class MediaKV:
 class CrossAttention(nn.Module):
     """Text reads images: x float[B, T, D] attends to the visual tokens float[B, M, L, dim_visual] it may see.
 
-    With `only_attend_immediate_media` (the paper's choice) a token sees its own image's L tokens; without, those of every
-    image so far. A token that sees no image gets exactly zero.
+    With `only_attend_immediate_media` (the paper's choice) a token sees its own image's L tokens; without, those of
+    every image so far. A token that sees no image gets exactly zero.
     """
 
     def __init__(
@@ -129,8 +131,8 @@ class CrossAttention(nn.Module):
         rows, images = media_kv.k.shape[:2]
         if x.shape[:2] != layout.media_index.shape or (rows, images) != (len(x), layout.num_media):
             raise ValueError(
-                f"x {list(x.shape)}, media_index {list(layout.media_index.shape)} for {layout.num_media} images, and the "
-                f"media of {rows} rows with {images} images do not belong together"
+                f"x {list(x.shape)}, media_index {list(layout.media_index.shape)} for {layout.num_media} images, and "
+                f"the media of {rows} rows with {images} images do not belong together"
             )
         q = rearrange(self.to_q(self.norm(x)), "b t (h e) -> b t h e", h=self.heads)
         if not self.only_attend_immediate_media:
@@ -142,8 +144,8 @@ class CrossAttention(nn.Module):
         return self.to_out(out.flatten(2))
 
     def flops(self, tokens: int, latents: int, images: int = 1) -> int:
-        """Operations for one row: the projection of `images` images (0 once they are cached) and `tokens` text tokens that
-        each read one image."""
+        """Operations for one row: the projection of `images` images (0 once they are cached) and `tokens` text tokens
+        that each read one image."""
         project = 4 * images * latents * self.dim_visual * self.inner
         return project + 4 * tokens * self.dim * self.inner + attention_flops(tokens, latents, self.inner)
 
@@ -228,11 +230,15 @@ class SelfAttentionLayer(nn.Module):
         cache: KVCache | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """mask bool[B, 1, T, S] replaces the causal mask (a cache needs one); rotary (`rotary_embedding`) turns q and k.
+        """mask bool[B, 1, T, S] replaces the causal mask (a cache needs one); rotary (`rotary_embedding`) turns q and
+        k.
 
-        With a cache, new keys and values go to slots `positions` int64[T] and the queries see all S slots the mask allows.
+        With a cache, new keys and values go to slots `positions` int64[T] and the queries see all S slots the mask
+        allows.
         """
-        assert cache is None or (mask is not None and positions is not None), "a cache has slots that are not filled yet"
+        assert cache is None or (mask is not None and positions is not None), (
+            "a cache has slots that are not filled yet"
+        )
         check_width("x", x, 3, self.dim)
         q, k, v = rearrange(self.to_qkv(self.norm(x)), "b t (three h e) -> three b h t e", three=3, h=self.heads)
         if rotary is not None:

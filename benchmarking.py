@@ -47,6 +47,21 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def choose_device(name: str | None) -> torch.device:
+    """The device a user named, or the default. Raises ValueError for an unknown name or a device that is not there."""
+    if name is None:
+        return default_device()
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--device {name} cannot be used here ({reason}); use cpu, or cuda where there is a GPU"
+        ) from None
+    return device
+
+
 def seed_everything(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
     """Seed torch's and Python's global generators, and return a generator on `device` for explicit draws."""
     random.seed(seed)

@@ -26,8 +26,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import shapes_world as world
+from interleaved_text import END_OF_CHUNK, IMAGE, PAD, Example, ExampleWriter
 from mini_flamingo_checkpoint import load_weights
+from shapes_texts import LIST_PROMPT, NUMBERS
 from vision_encoder import VisionEncoder
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -157,11 +158,11 @@ def mosaic_places(grid: int) -> tuple[str, ...]:
 
 
 _FUNCTION_WORDS = "; . : ? a an the what is at where how many there yes no list photo of"
-MOSAIC_VOCABULARY = (  # for shapes_world.WordTokenizer; each word once, "deer" being its own plural
-    *(world.PAD, world.IMAGE, world.END_OF_CHUNK),
+MOSAIC_VOCABULARY = (  # for a WordTokenizer; each word once, "deer" being its own plural
+    *(PAD, IMAGE, END_OF_CHUNK),
     *mosaic_places(MAX_GRID),
     *dict.fromkeys(CLASSES + PLURALS),
-    *world.NUMBERS[: MAX_GRID**2 + 1],
+    *NUMBERS[: MAX_GRID**2 + 1],
     *_FUNCTION_WORDS.split(),
 )
 
@@ -183,8 +184,8 @@ def mosaic_caption(labels: Sequence[int] | Tensor, grid: int) -> str:
 
 
 def mosaic_example(
-    labels: Sequence[int] | Tensor, kinds: str | Sequence[str], rng: random.Random, see: str = world.IMAGE
-) -> world.Example:
+    labels: Sequence[int] | Tensor, kinds: str | Sequence[str], rng: random.Random, see: str = IMAGE
+) -> Example:
     """`<image> how many cats ? two <|endofchunk|>`: an image and one of MOSAIC_KINDS, or several about the same image;
     `see` may put a text in the image's place.
 
@@ -193,13 +194,11 @@ def mosaic_example(
     "is there" is true half of the time. Raises ValueError for an unknown kind.
     """
     labels = tuple(map(int, labels))
-    chunks = [world.Example((labels,), see, (False,) * len(see.split()))]
+    writer = ExampleWriter().add(see)
     for kind in [kinds] if isinstance(kinds, str) else kinds:
-        asked, answer = _ask(labels, kind, rng)
-        said = f"{answer} {world.END_OF_CHUNK}"
-        marks = (False,) * len(asked.split()) + (True,) * len(said.split())
-        chunks.append(world.Example((), f"{asked} {said}", marks))
-    return world.join_examples(chunks)
+        question, answer = _ask(labels, kind, rng)
+        writer.add(question, f"{answer} {END_OF_CHUNK}")
+    return writer.example(labels)
 
 
 def _ask(labels: tuple[int, ...], kind: str, rng: random.Random) -> tuple[str, str]:
@@ -208,7 +207,7 @@ def _ask(labels: tuple[int, ...], kind: str, rng: random.Random) -> tuple[str, s
     once = [label for label in labels if labels.count(label) == 1]
     absent = [label for label in range(len(CLASSES)) if label not in labels]
     if kind == "list":
-        return world.LIST_PROMPT, caption
+        return LIST_PROMPT, caption
     if kind == "where is" and once:
         label = rng.choice(once)
         return f"where is the {CLASSES[label]} ?", places[labels.index(label)]
@@ -217,7 +216,7 @@ def _ask(labels: tuple[int, ...], kind: str, rng: random.Random) -> tuple[str, s
         return f"what is at {places[place]} ?", CLASSES[labels[place]]
     if kind == "how many":
         label = rng.choice(labels if rng.random() < 0.7 else absent)
-        return f"how many {PLURALS[label]} ?", world.NUMBERS[labels.count(label)]
+        return f"how many {PLURALS[label]} ?", NUMBERS[labels.count(label)]
     if kind == "is there":
         label = rng.choice(labels if rng.random() < 0.5 else absent)
         return f"is there {WITH_ARTICLE[label]} ?", "yes" if label in labels else "no"

@@ -9,7 +9,8 @@ from reporting import PALETTE, new_figure, save_figure
 
 
 def plot_latents(image: Tensor, maps: Tensor, path: Path, count: int = 15) -> Path:
-    """image uint8[3, h, w] and each latent's attention over it, float[L, side, side]: the `count` most focused latents."""
+    """image uint8[3, h, w] and each latent's attention over it, float[L, side, side]: the `count` most focused
+    latents."""
     focus = maps.flatten(1).amax(1) / maps.flatten(1).sum(1)
     chosen = focus.argsort(descending=True)[:count].sort().values.tolist()
     columns = 8
@@ -51,7 +52,8 @@ def plot_gates(result: dict, path: Path) -> Path:
 
 
 def plot_captions(pixels: list[Tensor], samples: list[dict], path: Path) -> Path:
-    """One panel a sample: its (last) image, uint8[M, 3, h, w], the prompt, the model's words, and the truth if they differ."""
+    """One panel a sample: its (last) image, uint8[M, 3, h, w], the prompt, the model's words, and the truth if they
+    differ."""
     columns = 4
     rows = (len(samples) + columns - 1) // columns
     figure, axes = new_figure(rows, columns, size=(3.4 * columns, 3.9 * rows), grid=False)

@@ -1,7 +1,7 @@
 """The feed-forward block of every layer here: LayerNorm, expand, GELU, project back, without biases.
 
-OpenFlamingo's layout, so its weights load by name: 0 norm, 1 expansion, 2 GELU (exact), 3 projection. The residual sum is
-the caller's, because the gated block scales this output before it adds it (Alayrac et al. 2022, figure 4).
+OpenFlamingo's layout, so its weights load by name: 0 norm, 1 expansion, 2 GELU (exact), 3 projection. The residual sum
+is the caller's, because the gated block scales this output before it adds it (Alayrac et al. 2022, figure 4).
 """
 
 from torch import nn

@@ -17,15 +17,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 import mini_flamingo_evaluation as evaluation
-from benchmarking import compare, default_device, environment, matmul_ceiling
+from benchmarking import compare, choose_device, environment, matmul_ceiling
 from exploration_plots import plot_captions, plot_gates, plot_latents
 from gated_cross_attention import GatedCrossAttentionBlock
+from interleaved_text import END_OF_CHUNK, WordTokenizer
 from mini_flamingo import MiniFlamingo, parameter_table, preset
-from mini_flamingo_checkpoint import SHIPPED, load_mini_flamingo
+from mini_flamingo_checkpoint import SHIPPED, load_mini_flamingo, load_tokenizer
 from perceiver_resampler import DirectSelfAttention, PerceiverResampler
-from reporting import Column, format_bytes, format_count, format_percent, format_ratio, format_seconds, table, write_json
+from reporting import (
+    Column,
+    format_bytes,
+    format_count,
+    format_percent,
+    format_ratio,
+    format_seconds,
+    table,
+    write_json,
+)
 from sample_images import FOLDER, load_samples
-from shapes_world import END_OF_CHUNK, WordTokenizer, collate
 
 __all__ = ["GatedCrossAttentionBlock", "MiniFlamingo", "PerceiverResampler", "main"]
 
@@ -52,7 +61,9 @@ def demonstrate_resampler(device: torch.device, quick: bool) -> dict:
             )
         for name, form in forms.items():
             timing, flops = timings[name], form.flops(PATCHES)
-            queries, keys = (tokens[name], PATCHES) if name == "self-attention" else (tokens[name], PATCHES + tokens[name])
+            queries, keys = (
+                (tokens[name], PATCHES) if name == "self-attention" else (tokens[name], PATCHES + tokens[name])
+            )
             rows.append(
                 {
                     "form": name,
@@ -73,15 +84,14 @@ def demonstrate_resampler(device: torch.device, quick: bool) -> dict:
 
 def print_resampler(result: dict) -> None:
     columns = [
-        "form", "batch", "tokens", Column("compression", "compression", format_ratio), Column("scores", "scores a head"),
+        "form", "batch", "tokens",
+        Column("compression", "compression", format_ratio), Column("scores", "scores a head"),
         Column("flops", "FLOP/image", format_count), Column("seconds", "time", format_seconds),
         Column("images_per_second", "images/s"), Column("of_ceiling", "of ceiling", format_percent),
         Column("peak_bytes", "memory", format_bytes), Column("speedup", "speedup", format_ratio),
     ]  # fmt: skip
-    title = (
-        f"1. Perceiver Resampler against self-attention: {PATCHES} patches, {result['dim']} wide, {result['depth']} layers"
-    )
-    print(table(result["rows"], columns, title))
+    size = f"{PATCHES} patches, {result['dim']} wide, {result['depth']} layers"
+    print(table(result["rows"], columns, f"1. Perceiver Resampler against self-attention: {size}"))
     print(
         f"\nEach layer scores 64 latents against 576 patches + 64 latents: {64 * 640:,} pairs where self-attention has "
         f"{576 * 576:,}.\nEverything behind reads 64 visual tokens, whatever the resolution. Matrix products reach "
@@ -100,21 +110,20 @@ def with_gates_scaled(model: MiniFlamingo, factor: float) -> MiniFlamingo:
 
 
 @torch.inference_mode()
-def demonstrate_gates(model: MiniFlamingo, count: int) -> dict:
-    """Closes and opens the trained gates: distance of the logits from the frozen language model's, and what it answers."""
-    device = next(model.parameters()).device
-    examples = evaluation.question_examples("what is at", count)
-    tokenizer = WordTokenizer()
-    batch = collate(examples[:32], tokenizer, torch.Generator().manual_seed(0))
-    ids, images = batch.input_ids.to(device), batch.images.to(device)
-    words = ids != tokenizer.pad_id
-    text_only = model.language_model(ids)
+def demonstrate_gates(model: MiniFlamingo, tokenizer: WordTokenizer, count: int) -> dict:
+    """Closes and opens the trained gates: distance of the logits from the frozen language model's, and what it
+    answers."""
+    device = model.resampler.latents.device
+    exam = evaluation.question_exam("what is at", count)
+    ids = tokenizer.pad_left([example.text for example in exam.examples[:32]]).to(device)
+    images, words = exam.images[:32].to(device), ids != tokenizer.pad_id
+    text_only = model.language_model(ids, words)
     rows = []
     for factor in tqdm((0.0, 0.25, 0.5, 0.75, 1.0), "gates", leave=False):
         scaled = with_gates_scaled(model, factor)
-        logits = scaled(ids, images)
+        logits = scaled(ids, images, attention_mask=words)
         change = ((logits - text_only).norm(dim=-1) / text_only.norm(dim=-1))[words].mean().item()
-        right = evaluation.exact_match(evaluation.answer(scaled, examples), examples)
+        right = evaluation.exact_match(evaluation.answers(scaled, tokenizer, exam), exam)
         rows.append({"factor": factor, "identical": torch.equal(logits, text_only), "change": change, "right": right})
     trained = [
         {"layer": int(i), "attention": block.attn_gate.tanh().item(), "feed_forward": block.ff_gate.tanh().item()}
@@ -147,27 +156,29 @@ def latent_attention(model: MiniFlamingo, image: Tensor) -> Tensor:
     return weights.unflatten(-1, (int(patches.shape[1] ** 0.5), -1)).cpu()
 
 
-def demonstrate_model(model: MiniFlamingo, samples: list[dict], device: torch.device, quick: bool) -> dict:
+def demonstrate_model(model: MiniFlamingo, tokenizer: WordTokenizer, samples: list[dict], quick: bool) -> dict:
     """Parameters, times, words for the sample images, accuracy on held-out scenes and its control."""
-    tokenizer = WordTokenizer()
-    shown = []
+    device, shown = model.resampler.latents.device, []
     for sample in samples:
         prompt = tokenizer.pad_left([sample["prompt"]]).to(device)
         said = tokenizer.decode(model.generate(prompt, sample["pixels"][None].to(device))[0])
         said = said.removesuffix(END_OF_CHUNK).strip()
-        shown.append({key: sample[key] for key in ("images", "prompt", "truth")} | {"said": said, "right": said == sample["truth"]})
+        shown.append(
+            {key: sample[key] for key in ("images", "prompt", "truth")}
+            | {"said": said, "right": said == sample["truth"]}
+        )
     return {
         "parameters": parameter_table(model),
-        "times": time_model(model, samples[0], device),
+        "times": time_model(model, tokenizer, samples[0]),
         "samples": shown,
-        "accuracy": held_out_accuracy(model, 64 if quick else 256),
+        "accuracy": held_out_accuracy(model, tokenizer, 64 if quick else 256),
     }
 
 
 @torch.inference_mode()
-def time_model(model: MiniFlamingo, sample: dict, device: torch.device) -> list[dict]:
+def time_model(model: MiniFlamingo, tokenizer: WordTokenizer, sample: dict) -> list[dict]:
     """Seconds of each part of a caption of one image, batch 1, with the model's own FLOP counts where it has them."""
-    tokenizer = WordTokenizer()
+    device = model.resampler.latents.device
     prompt = tokenizer.pad_left([sample["prompt"]]).to(device)
     image = sample["pixels"][None, :1].to(device)
     patches = model.vision_encoder(image[0])
@@ -190,18 +201,15 @@ def time_model(model: MiniFlamingo, sample: dict, device: torch.device) -> list[
     return [{"part": name, "seconds": timing.median, "runs": timing.runs} for name, timing in timings.items()]
 
 
-def held_out_accuracy(model: MiniFlamingo, count: int) -> list[dict]:
-    """Each score with the images, with blank ones and with another row's."""
+def held_out_accuracy(model: MiniFlamingo, tokenizer: WordTokenizer, count: int) -> list[dict]:
+    """The standard exams with their images, with blank ones and with another prompt's."""
+    exams = evaluation.held_out_exams(count)
     ways = {"images": None, "blank": evaluation.blanked(model), "shuffled": evaluation.shuffled(model)}
-    rows: dict[str, dict] = {}
+    rows = [{"exam": name} for name in exams]
     for way, encode in tqdm(ways.items(), "held-out accuracy", leave=False):
-        scores = {f"caption: {k}": v for k, v in evaluation.caption_scores(model, encode, count).items()}
-        scores |= {f"{k} ... ?": v for k, v in evaluation.question_scores(model, encode, count).items()}
-        shots = evaluation.word_scores(model, encode, count, shot_counts=(8,))
-        scores |= {f"new word, {k} shots": v for k, v in shots.items()}
-        for task, score in scores.items():
-            rows.setdefault(task, {"task": task})[way] = score
-    return list(rows.values())
+        for row, score in zip(rows, evaluation.scores(model, tokenizer, exams, encode).values(), strict=True):
+            row[way] = score
+    return rows
 
 
 def print_model(result: dict) -> None:
@@ -213,26 +221,31 @@ def print_model(result: dict) -> None:
         print(f"     prompt  {sample['prompt']}")
         print(f"     model   {sample['said']}")
         print(f"     truth   {sample['truth'] if not sample['right'] else 'the same'}")
-    columns = ["task", *(Column(way, way, format_percent) for way in ("images", "blank", "shuffled"))]
-    print("\n" + table(result["accuracy"], columns, "   right word for word, on held-out scenes of 1 to 8 objects") + "\n")
+    columns = ["exam", *(Column(way, way, format_percent) for way in ("images", "blank", "shuffled"))]
+    print(
+        "\n" + table(result["accuracy"], columns, "   right word for word, on held-out scenes of 1 to 8 objects") + "\n"
+    )
 
 
 def run(arguments: argparse.Namespace) -> dict:
-    device = torch.device(arguments.device) if arguments.device else default_device()
-    results: dict = {"environment": environment(device), "arguments": {"quick": arguments.quick, "only": arguments.only}}
+    device = choose_device(arguments.device)
+    results: dict = {
+        "environment": environment(device),
+        "arguments": {"quick": arguments.quick, "only": arguments.only},
+    }
     if "resampler" in arguments.only:
         results["resampler"] = demonstrate_resampler(device, arguments.quick)
         print_resampler(results["resampler"])
     if {"gates", "model"} & set(arguments.only):
-        model = load_mini_flamingo(arguments.model, device)
+        model, tokenizer = load_mini_flamingo(arguments.model, device), load_tokenizer(arguments.model)
     if "gates" in arguments.only:
-        results["gates"] = demonstrate_gates(model, 64 if arguments.quick else 256)
+        results["gates"] = demonstrate_gates(model, tokenizer, 64 if arguments.quick else 256)
         print_gates(results["gates"])
         if arguments.plot:
             print(f"saved {plot_gates(results['gates'], arguments.plot / 'gates.png')}")
     if "model" in arguments.only:
         samples = load_samples(arguments.images, model.config.image_size)
-        results["model"] = demonstrate_model(model, samples, device, arguments.quick)
+        results["model"] = demonstrate_model(model, tokenizer, samples, arguments.quick)
         print_model(results["model"])
         if arguments.plot:
             image = samples[0]["pixels"][0]
@@ -253,13 +266,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, default=SHIPPED, help="folder of a trained Mini Flamingo")
     parser.add_argument("--images", type=Path, default=FOLDER, help="folder with images and samples.json")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write every figure to this file")
-    parser.add_argument("--plot", type=Path, metavar="DIR", help="save what the latents look at, the gates, a caption sheet")
+    parser.add_argument(
+        "--plot", type=Path, metavar="DIR", help="save what the latents look at, the gates, a caption sheet"
+    )
     arguments = parser.parse_args(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:
         results = run(arguments)
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     if arguments.json:
         write_json(arguments.json, results)

@@ -48,7 +48,8 @@ class GatedCrossAttentionBlock(nn.Module):
         media_locations: Tensor | None = None,
     ) -> Tensor:
         """Give either media_index int64[B, T] (-1: no image; or a shared `MediaLayout`), or media_locations bool[B, T],
-        true at `<image>` tokens. Raises ValueError for both or neither, wrong shapes, and more `<image>` than images."""
+        true at `<image>` tokens. Raises ValueError for both or neither, wrong shapes, and more `<image>` than
+        images."""
         if (media_index is None) == (media_locations is None):
             raise ValueError("give exactly one of media_index and media_locations")
         media_kv = media if isinstance(media, MediaKV) else self.project_media(media)

@@ -1,7 +1,7 @@
 """A causal language model with rotary positions and a preallocated cache: the frozen half of the Mini Flamingo.
 
-Pre-norm GPT layers. Before its attention each layer adds a causal depthwise convolution over the last 4 tokens (as in H3,
-Fu et al. 2022, and the Canon layers of Allen-Zhu 2025): a token that knows its neighbours can be copied by a single
+Pre-norm GPT layers. Before its attention each layer adds a causal depthwise convolution over the last 4 tokens (as in
+H3, Fu et al. 2022, and the Canon layers of Allen-Zhu 2025): a token that knows its neighbours can be copied by a single
 attention, so a small model learns from examples in its context many times sooner.
 
 `before_layer` is where gated cross-attention enters: the language model itself knows nothing of images.
@@ -26,8 +26,9 @@ MIX_WIDTH = 4
 class LanguageModelCache:
     """Everything a decoding step needs of the tokens before it, in tensors whose shapes never change.
 
-    kv: per layer. mixed: per layer float[B, S + 3, D], what the token mixing saw, behind 3 zeros. is_token bool[B, S], false
-    at padding. length int64[], the slots filled so far; lower it to take tokens back (they are overwritten later).
+    kv: per layer. mixed: per layer float[B, S + 3, D], what the token mixing saw, behind 3 zeros. is_token bool[B, S],
+    false at padding. length int64[], the slots filled so far; lower it to take tokens back (they are overwritten
+    later).
     """
 
     kv: list[KVCache]
@@ -109,7 +110,8 @@ class CausalLanguageModel(nn.Module):
         last_only: bool = False,
     ) -> Tensor:
         """attention_mask bool[B, T] is false at padding. With a cache the tokens are appended to it.
-        `before_layer(i, x)` may change what enters layer i. `last_only` computes the last token's logits alone, T = 1."""
+        `before_layer(i, x)` may change what enters layer i. `last_only` computes the last token's logits alone, T =
+        1."""
         context = self._context(input_ids, attention_mask, cache)
         x = self.embedding(input_ids)
         for i, layer in enumerate(self.layers):

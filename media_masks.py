@@ -52,7 +52,8 @@ class MediaLayout:
 
     @staticmethod
     def from_index(media_index: Tensor, num_media: int) -> "MediaLayout":
-        """Raises ValueError where a token points at an image that is not there (OpenFlamingo attends to all instead)."""
+        """Raises ValueError where a token points at an image that is not there (OpenFlamingo attends to all
+        instead)."""
         if media_index.dim() != 2 or media_index.is_floating_point() or media_index.dtype == torch.bool:
             raise ValueError(
                 f"media_index must be int64[B, T]; got {media_index.dtype} of shape {list(media_index.shape)}"
@@ -70,7 +71,7 @@ class MediaLayout:
         """media_locations bool[B, T], true at `<image>` tokens."""
         if media_locations.dim() != 2 or media_locations.dtype != torch.bool:
             raise ValueError(
-                f"media_locations must be bool[B, T]; got {media_locations.dtype} of shape {list(media_locations.shape)}"
+                f"media_locations must be bool[B, T]; got {media_locations.dtype} {list(media_locations.shape)}"
             )
         return MediaLayout.from_index(media_index_from_locations(media_locations), num_media)
 
@@ -111,7 +112,8 @@ class MediaLayout:
 
 
 def draw(media_index: Tensor, words: list[str], num_media: int) -> str:
-    """An ASCII picture of one row's int64[T] index: `#` where the token (row) sees the image (column), `.` elsewhere."""
+    """An ASCII picture of one row's int64[T] index: `#` where the token (row) sees the image (column), `.`
+    elsewhere."""
     width = max(len(word) for word in words)
     column = len(str(num_media - 1))
     header = " " * width + "  " + " ".join(f"{m:>{column}}" for m in range(num_media))

@@ -5,12 +5,13 @@
     text ------------------------------------------------> CausalLanguageModel +--> logits
 
 The vision encoder and the language model are frozen; the resampler and the gated blocks learn. Cross-attention keys and
-values are projected once per image, and decoding reads only those of each row's current image, so a generated token costs
-the same with 1 image in the prompt as with 33.
+values are projected once per image, and decoding reads only those of each row's current image, so a generated token
+costs the same with 1 image in the prompt as with 33.
 
 Left out: everything that makes it faster than this plain form. See the modules of the seven optimizations.
 
-Legend: B batch, T text tokens, M images per sequence, F frames, L visual tokens per image, D visual width, V vocabulary.
+Legend: B batch, T text tokens, M images per sequence, F frames, L visual tokens per image, D visual width, V
+vocabulary.
 """
 
 from collections.abc import Callable
@@ -79,8 +80,8 @@ def preset(name: str) -> MiniFlamingoConfig:
 
 @dataclass
 class DecodingState:
-    """What decoding carries from token to token: the text cache, each gated layer's keys and values of the one image that
-    each row now sees (M = 1), and the layout that says which rows see one at all."""
+    """What decoding carries from token to token: the text cache, each gated layer's keys and values of the one image
+    that each row now sees (M = 1), and the layout that says which rows see one at all."""
 
     cache: LanguageModelCache
     media_kv: list[MediaKV | None]
@@ -111,7 +112,10 @@ class MiniFlamingo(nn.Module):
                 if (i + 1) % config.cross_attn_every_n_layers == 0
             }
         )
-        for attention in (*(layer[0] for layer in self.resampler.layers), *(g.attn for g in self.gated_layers.values())):
+        for attention in (
+            *(layer[0] for layer in self.resampler.layers),
+            *(g.attn for g in self.gated_layers.values()),
+        ):
             _sharpen(attention, config.attention_gain)
 
     def freeze_pretrained(self) -> "MiniFlamingo":
@@ -121,7 +125,8 @@ class MiniFlamingo(nn.Module):
         return self
 
     def encode_media(self, images: Tensor, num_latents: int | None = None, depth: int | None = None) -> Tensor:
-        """Images uint8 (or float in [0, 1]) [B, M, 3, h, w], or [B, M, F, 3, h, w] -> visual tokens float[B, M, L, D]."""
+        """Images uint8 (or float in [0, 1]) [B, M, 3, h, w], or [B, M, F, 3, h, w] -> visual tokens float[B, M, L,
+        D]."""
         if images.dim() not in (5, 6):
             raise ValueError(f"images must be [B, M, 3, h, w] or [B, M, F, 3, h, w]; got shape {list(images.shape)}")
         leading = images.shape[:-3]
@@ -151,8 +156,8 @@ class MiniFlamingo(nn.Module):
         return self.language_model(input_ids, attention_mask, before_layer=read_images)
 
     def prefill(self, input_ids: Tensor, media: Tensor, slots: int) -> tuple[Tensor, DecodingState]:
-        """Reads the prompt (padded on the left) -> the next token's logits float[B, V], and a state with room for `slots`
-        tokens, the prompt's included."""
+        """Reads the prompt (padded on the left) -> the next token's logits float[B, V], and a state with room for
+        `slots` tokens, the prompt's included."""
         cache = self.language_model.allocate_cache(len(input_ids), slots)
         media_kv = self.project_media(media)
         layout = self.layout(input_ids, media.shape[1])
@@ -187,8 +192,8 @@ class MiniFlamingo(nn.Module):
     ) -> Tensor:
         """Continues prompts int64[B, T], padded on the left -> int64[B, at most max_new_tokens], the new tokens alone.
 
-        A row ends at the end-of-chunk token, which it keeps, and is padded behind it. Neither padding nor <image> is ever
-        chosen: a new image cannot come out of text. Raises ValueError as `forward` and `choose_token` do.
+        A row ends at the end-of-chunk token, which it keeps, and is padded behind it. Neither padding nor <image> is
+        ever chosen: a new image cannot come out of text. Raises ValueError as `forward` and `choose_token` do.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")

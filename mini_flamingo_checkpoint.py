@@ -2,7 +2,7 @@
 
     config.json              MiniFlamingoConfig and the vocabulary
     model.safetensors        all weights of the Mini Flamingo
-    scene_reader.safetensors the warm-up decoder, where there is one
+    token_reader.safetensors the resampler's warm-up decoder
     training.json            how it was trained and what it scores
 
 Nothing is ever unpickled. Each file is written beside its place and moved into it, so a killed run leaves no half file.
@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from interleaved_text import WordTokenizer
 from mini_flamingo import MiniFlamingo, MiniFlamingoConfig
 
 SHIPPED = Path(__file__).parent / "data" / "mini_flamingo"
@@ -34,8 +35,8 @@ def save_mini_flamingo(folder: Path, model: MiniFlamingo, vocabulary: Sequence[s
 
 
 def load_mini_flamingo(folder: Path | str = SHIPPED, device: str | torch.device = "cpu") -> MiniFlamingo:
-    """The model, frozen parts frozen, in eval mode. Raises ValueError for a missing or damaged file, an unknown config field
-    and weights of another config."""
+    """The model, frozen parts frozen, in eval mode. Raises ValueError for a missing or damaged file, an unknown config
+    field and weights of another config."""
     folder = Path(folder)
     settings = _read_config(folder)["config"]
     known = {field.name for field in fields(MiniFlamingoConfig)}
@@ -49,9 +50,9 @@ def load_mini_flamingo(folder: Path | str = SHIPPED, device: str | torch.device 
     return model.freeze_pretrained().to(device).eval()
 
 
-def load_vocabulary(folder: Path | str = SHIPPED) -> tuple[str, ...]:
-    """Raises ValueError for a missing or damaged file."""
-    return tuple(_read_config(Path(folder))["vocabulary"])
+def load_tokenizer(folder: Path | str = SHIPPED) -> WordTokenizer:
+    """The words that the model in this folder knows. Raises ValueError for a missing or damaged file."""
+    return WordTokenizer(_read_config(Path(folder))["vocabulary"])
 
 
 def save_weights(path: Path, module: nn.Module) -> None:

@@ -1,10 +1,11 @@
 """The Perceiver Resampler: any number of patch features in, L visual tokens out (Alayrac et al. 2022, section 2.1).
 
-L learned latents read the patches through `depth` layers of attention and feed-forward. Scores cost L x (P + L) per layer
-where self-attention over the patches would cost P x P, and everything behind it sees L tokens whatever the resolution.
+L learned latents read the patches through `depth` layers of attention and feed-forward. Scores cost L x (P + L) per
+layer where self-attention over the patches would cost P x P, and everything behind it sees L tokens whatever the
+resolution.
 
-It is elastic: `num_latents=m` runs the first m latents and equals a resampler built with those m; `depth=d` stops after d
-layers. (Both are exact as computations; a checkpoint is good at them only if it was trained for them.)
+It is elastic: `num_latents=m` runs the first m latents and equals a resampler built with those m; `depth=d` stops after
+d layers. (Both are exact as computations; a checkpoint is good at them only if it was trained for them.)
 
 `DirectSelfAttention` is the uncompressed alternative it is compared with. Left out: learned position embeddings, which
 belong to the vision encoder.

@@ -19,7 +19,7 @@ PALETTE = ("#2f6db3", "#d9722b", "#3f9a5b", "#8a5fb0", "#b8453f", "#6b7280")
 
 def _with_unit(value: float, units: Sequence[str], base: int) -> str:
     """`value` to three significant digits in the unit that suits it; an int that needs no larger unit stays exact."""
-    for unit in units:
+    for unit in units:  # noqa: B007 (read behind the loop)
         rounded = float(f"{abs(value):.2e}")
         digits = 0 if isinstance(value, int) or rounded >= 100 else 1 if rounded >= 10 else 2
         number = f"{value:.{digits}f}"

@@ -2,8 +2,8 @@
 
     samples.json   [{"images": ["scene-1.png"], "prompt": "<image> list :", "truth": "a1 large red circle ; ."}, ...]
 
-`write_samples` makes the folder, the same from the same seed. Put images of your own beside them, list them in samples.json,
-and the exploration script shows what the model says of them.
+`write_samples` makes the folder, the same from the same seed. Put images of your own beside them, list them in
+samples.json, and the exploration script shows what the model says of them.
 """
 
 import json
@@ -14,8 +14,10 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-import shapes_world as world
+import shapes_texts as texts
+from interleaved_text import Example, answer_of, prompt_of
 from reporting import write_json
+from shapes_world import Scene, render, sample_scene
 
 FOLDER = Path(__file__).parent / "data" / "flamingo_test_images"
 
@@ -39,7 +41,9 @@ def load_samples(folder: Path, size: int) -> list[dict]:
     if not listing.exists():
         raise ValueError(f"{listing} is missing: it lists the images, their prompts and the true answers")
     try:
-        samples = [{key: entry[key] for key in ("images", "prompt", "truth")} for entry in json.loads(listing.read_text())]
+        samples = [
+            {key: entry[key] for key in ("images", "prompt", "truth")} for entry in json.loads(listing.read_text())
+        ]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{listing} must be a list of images, prompt and truth: {error!r}") from None
     for sample in samples:
@@ -47,19 +51,19 @@ def load_samples(folder: Path, size: int) -> list[dict]:
     return samples
 
 
-def sample_examples(seed: int = 7) -> list[world.Example]:
+def sample_examples(seed: int = 7) -> list[Example]:
     """Captions, one question of each kind, and an episode whose word only its four shots define; all held out."""
     rng = random.Random(seed)
 
-    def scene(low: int, high: int) -> world.Scene:
-        return world.sample_scene(rng, "held-out", low, high)
+    def scene(low: int, high: int) -> Scene:
+        return sample_scene(rng, "held-out", low, high)
 
     return [
-        world.caption_example(scene(3, 3)),
-        world.caption_example(scene(8, 8)),
-        world.caption_example(scene(2, 2), "describe"),
-        *(world.question_example(scene(4, 7), [kind], rng) for kind in world.QUESTION_KINDS),
-        world.word_example(rng, 4, "held-out"),
+        texts.caption_example(scene(3, 3)),
+        texts.caption_example(scene(8, 8)),
+        texts.caption_example(scene(2, 2), "describe"),
+        *(texts.question_example(scene(4, 7), [kind], rng) for kind in texts.QUESTION_KINDS),
+        texts.word_example(rng, 4, "held-out"),
     ]
 
 
@@ -68,8 +72,10 @@ def write_samples(folder: Path = FOLDER, seed: int = 7) -> None:
     generator = torch.Generator().manual_seed(seed)
     entries = []
     for number, example in enumerate(sample_examples(seed), start=1):
-        names = [f"scene-{number}{'abcdefgh'[i] if len(example.scenes) > 1 else ''}.png" for i in range(len(example.scenes))]
-        for name, pixels in zip(names, world.render(example.scenes, generator), strict=True):
+        names = [
+            f"scene-{number}{'abcdefgh'[i] if len(example.scenes) > 1 else ''}.png" for i in range(len(example.scenes))
+        ]
+        for name, pixels in zip(names, render(example.scenes, generator), strict=True):
             Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / name)
-        entries.append({"images": names, "prompt": world.prompt_of(example), "truth": world.answer_of(example)})
+        entries.append({"images": names, "prompt": prompt_of(example), "truth": answer_of(example)})
     write_json(folder / "samples.json", entries)

@@ -1,4 +1,5 @@
-"""Choosing the next token from its logits: greedy, or sampled with temperature, top-k and top-p (Holtzman et al. 2019)."""
+"""Choosing the next token from its logits: greedy, or sampled with temperature, top-k and top-p (Holtzman et al.
+2019)."""
 
 import torch
 from torch import Tensor

@@ -1,9 +1,9 @@
 """A small vision transformer over patches: pixels in, one feature vector per patch out.
 
-Stands in for the paper's frozen NFNet (Alayrac et al. 2022, section 2.1). Patches are embedded in two strides with residual
-3 x 3 convolutions between them, which learns far sooner than one strided projection (Xiao et al. 2021, arXiv 2106.14881).
-The last 64 of the D output features are the patch's fixed 2-D sine-cosine position: a resampler that reads these features
-as an unordered set can then still tell where each one stands.
+Stands in for the paper's frozen NFNet (Alayrac et al. 2022, section 2.1). Patches are embedded in two strides with
+residual 3 x 3 convolutions between them, which learns far sooner than one strided projection (Xiao et al. 2021, arXiv
+2106.14881). The last 64 of the D output features are the patch's fixed 2-D sine-cosine position: a resampler that reads
+these features as an unordered set can then still tell where each one stands.
 
 Legend: N images, P patches, D output width.
 """
@@ -18,7 +18,8 @@ POSITION_DIM = 64
 
 
 def sincos_positions(side: int) -> Tensor:
-    """float[side * side, 64]: sines and cosines of column and row at 16 frequencies, from one turn down to half a patch."""
+    """float[side * side, 64]: sines and cosines of column and row at 16 frequencies, from one turn down to half a
+    patch."""
     frequencies = torch.pi * torch.logspace(0, torch.log2(torch.tensor(float(side))).item(), 16, base=2.0) / side
     angles = (torch.arange(side) + 0.5)[:, None] * frequencies
     waves = torch.cat((angles.sin(), angles.cos()), dim=1)

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from interleaved_text import WordTokenizer
 from laws import assert_same
 from mini_flamingo import PRESETS, MiniFlamingo, parameter_table, preset
-from shapes_world import IMAGE_SIZE, WordTokenizer
+from shapes_texts import VOCABULARY
+from shapes_world import IMAGE_SIZE
 from tiny_flamingo import EOC, IMAGE, PAD, TINY, random_images, set_gates, tiny_flamingo
 from token_sampling import choose_token
 
@@ -355,7 +357,7 @@ def test_every_preset_can_be_built(name, gated, patches):
 
 
 def test_the_shapes_preset_fits_the_shapes_world():
-    config, tokenizer = preset("shapes"), WordTokenizer()
+    config, tokenizer = preset("shapes"), WordTokenizer(VOCABULARY)
     assert config.vocabulary_size == len(tokenizer)
     assert config.image_size == IMAGE_SIZE
     assert (config.pad_token_id, config.image_token_id, config.eoc_token_id) == (

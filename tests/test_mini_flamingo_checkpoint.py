@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mini_flamingo_checkpoint as checkpoint
-from mini_flamingo_checkpoint import load_mini_flamingo, load_vocabulary, load_weights, save_mini_flamingo, save_weights
+from mini_flamingo_checkpoint import load_mini_flamingo, load_tokenizer, load_weights, save_mini_flamingo, save_weights
 from tiny_flamingo import TINY, random_images, tiny_flamingo
 
 VOCABULARY = ("<pad>", "<image>", "<|endofchunk|>", *(f"word{i}" for i in range(17)))
@@ -41,7 +41,7 @@ def test_what_is_saved_is_loaded_bit_for_bit(tmp_path):
     loaded = load_mini_flamingo(str(folder))
     assert same_weights(loaded, model)
     assert loaded.config == model.config == replace(TINY, dim=24, depth=2)
-    assert load_vocabulary(folder) == VOCABULARY
+    assert load_tokenizer(folder).words == VOCABULARY
     ids, images = torch.tensor([[1, 5, 6]]), random_images(1, 1)
     assert torch.equal(loaded(ids, images), model(ids, images))
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
@@ -62,7 +62,7 @@ def test_saving_replaces_what_was_there(saved):
     loaded = load_mini_flamingo(folder)
     assert same_weights(loaded, other)
     assert loaded.config.heads == 4
-    assert load_vocabulary(folder) == VOCABULARY[::-1]
+    assert load_tokenizer(folder).words == VOCABULARY[::-1]
 
 
 def test_weights_of_any_module_round_trip(tmp_path):
@@ -94,7 +94,7 @@ def test_a_kill_while_moving_files_leaves_the_old_checkpoint(saved, monkeypatch,
         save_mini_flamingo(folder, tiny_flamingo(), VOCABULARY)
     monkeypatch.undo()
     assert same_weights(load_mini_flamingo(folder), old)
-    assert load_vocabulary(folder) == VOCABULARY
+    assert load_tokenizer(folder).words == VOCABULARY
     again = tiny_flamingo()
     save_mini_flamingo(folder, again, VOCABULARY)
     assert same_weights(load_mini_flamingo(folder), again), "what the kill left behind is in nobody's way"
@@ -129,7 +129,7 @@ def test_a_kill_leaves_the_old_checkpoint_where_the_new_one_has_another_config(s
 
 def test_a_folder_without_a_checkpoint_says_what_to_do(tmp_path):
     for folder in (tmp_path, tmp_path / "nothing"):
-        for load in (load_mini_flamingo, load_vocabulary):
+        for load in (load_mini_flamingo, load_tokenizer):
             with pytest.raises(ValueError, match=f"no trained Mini Flamingo in {folder}: train one with python"):
                 load(folder)
 
@@ -143,7 +143,7 @@ def test_missing_weights_are_named(saved):
 @pytest.mark.parametrize("text", ["", "{", '{"config": ', "not json at all"])
 def test_a_damaged_config_is_named(saved, text):
     (saved[1] / "config.json").write_text(text)
-    for load in (load_mini_flamingo, load_vocabulary):
+    for load in (load_mini_flamingo, load_tokenizer):
         with pytest.raises(ValueError, match=r"config\.json is damaged"):
             load(saved[1])
 
