@@ -3,6 +3,8 @@
 import textwrap
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from reporting import PALETTE, new_figure, save_figure
@@ -16,17 +18,16 @@ def plot_latents(image: Tensor, maps: Tensor, path: Path, count: int = 15) -> Pa
     columns = 8
     rows = (len(chosen) + 1 + columns - 1) // columns
     figure, axes = new_figure(rows, columns, size=(1.6 * columns, 1.75 * rows), grid=False)
-    pixels = image.permute(1, 2, 0).cpu().numpy()
-    height, width = pixels.shape[:2]
+    pixels = image.permute(1, 2, 0).float() / 255
     for ax in axes.flat:
         ax.set_axis_off()
-    axes.flat[0].imshow(pixels)
+    axes.flat[0].imshow(pixels.numpy())
     axes.flat[0].set_title("image", fontsize=9)
     for ax, latent in zip(axes.flat[1:], chosen, strict=False):
-        ax.imshow(pixels)
-        ax.imshow(maps[latent].numpy(), extent=(0, width, height, 0), cmap="inferno", alpha=0.65)
+        light = F.interpolate(maps[None, None, latent] / maps[latent].amax(), image.shape[1:], mode="nearest")
+        ax.imshow((pixels * (0.15 + 0.85 * light[0, 0, :, :, None])).numpy())  # bright where it looks
         ax.set_title(f"latent {latent}", fontsize=9)
-    figure.suptitle("Where latents look in the first resampler layer (mean over heads)", fontsize=11)
+    figure.suptitle("Bright: where latents look in the first resampler layer (mean over heads)", fontsize=11)
     return save_figure(figure, path)
 
 
@@ -52,16 +53,16 @@ def plot_gates(result: dict, path: Path) -> Path:
 
 
 def plot_captions(pixels: list[Tensor], samples: list[dict], path: Path) -> Path:
-    """One panel a sample: its (last) image, uint8[M, 3, h, w], the prompt, the model's words, and the truth if they
-    differ."""
+    """One panel a sample: its images uint8[M, 3, h, w] side by side, the prompt, the model's words, and the truth where
+    they differ."""
     columns = 4
     rows = (len(samples) + columns - 1) // columns
     figure, axes = new_figure(rows, columns, size=(3.4 * columns, 3.9 * rows), grid=False)
     for ax in axes.flat:
         ax.set_axis_off()
     for ax, images, sample in zip(axes.flat, pixels, samples, strict=False):
-        ax.imshow(images[-1].permute(1, 2, 0).numpy())
-        words = [f"prompt: {sample['prompt'][-70:]}", f"model: {sample['said']}"]
+        ax.imshow(torch.cat(list(images), dim=-1).permute(1, 2, 0).numpy())
+        words = [f"prompt: {sample['prompt']}", f"model: {sample['said']}"]
         words += [] if sample["right"] else [f"truth: {sample['truth']}"]
         text = "\n".join(textwrap.fill(line, 46) for line in words)
         colour = "black" if sample["right"] else PALETTE[4]

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import mini_flamingo_evaluation as evaluation
-from benchmarking import compare, choose_device, environment, matmul_ceiling
+from benchmarking import choose_device, compare, environment, matmul_ceiling
 from exploration_plots import plot_captions, plot_gates, plot_latents
 from gated_cross_attention import GatedCrossAttentionBlock
 from interleaved_text import END_OF_CHUNK, WordTokenizer
@@ -171,7 +171,7 @@ def demonstrate_model(model: MiniFlamingo, tokenizer: WordTokenizer, samples: li
         "parameters": parameter_table(model),
         "times": time_model(model, tokenizer, samples[0]),
         "samples": shown,
-        "accuracy": held_out_accuracy(model, tokenizer, 64 if quick else 256),
+        "accuracy": held_out_accuracy(model, tokenizer, 32 if quick else 128),
     }
 
 
@@ -239,7 +239,7 @@ def run(arguments: argparse.Namespace) -> dict:
     if {"gates", "model"} & set(arguments.only):
         model, tokenizer = load_mini_flamingo(arguments.model, device), load_tokenizer(arguments.model)
     if "gates" in arguments.only:
-        results["gates"] = demonstrate_gates(model, tokenizer, 64 if arguments.quick else 256)
+        results["gates"] = demonstrate_gates(model, tokenizer, 32 if arguments.quick else 128)
         print_gates(results["gates"])
         if arguments.plot:
             print(f"saved {plot_gates(results['gates'], arguments.plot / 'gates.png')}")
@@ -248,7 +248,7 @@ def run(arguments: argparse.Namespace) -> dict:
         results["model"] = demonstrate_model(model, tokenizer, samples, arguments.quick)
         print_model(results["model"])
         if arguments.plot:
-            image = samples[0]["pixels"][0]
+            image = max(samples, key=lambda sample: len(sample["truth"]))["pixels"][0]  # the fullest scene
             maps = latent_attention(model, image.to(device))
             print(f"saved {plot_latents(image, maps, arguments.plot / 'latents.png')}")
             pixels = [sample["pixels"] for sample in samples]

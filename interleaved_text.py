@@ -44,12 +44,13 @@ class WordTokenizer:
         """Prompts to continue -> int64[B, T], padded on the left."""
         rows = [self.encode(text) for text in texts]
         length = max(map(len, rows))
-        return torch.tensor([[self.pad_id] * (length - len(row)) + row for row in rows])
+        return torch.tensor([[self.pad_id] * (length - len(row)) + row for row in rows], dtype=torch.int64)
 
 
 @dataclass(frozen=True)
 class Example:
-    """`text` holds one <image> per scene; `answers` marks the words that must be predicted."""
+    """`text` holds one <image> per scene, unless it puts the scene in words; `answers` marks the words that must be
+    predicted."""
 
     scenes: tuple[Any, ...]  # whatever the images are made from
     text: str

@@ -56,7 +56,7 @@ class MiniFlamingoConfig:
 
 
 PRESETS = {
-    # trained and shipped: 5.4 million parameters
+    # trained and shipped: 6.5 million parameters
     "shapes": MiniFlamingoConfig(),
     # the dimensions of the paper exploration: 512 wide, 576 patches, 3 gated layers. For timing.
     "paper": MiniFlamingoConfig(
@@ -197,6 +197,8 @@ class MiniFlamingo(nn.Module):
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
+        if not input_ids.numel() or (input_ids[:, -1] == self.config.pad_token_id).any():
+            raise ValueError("every prompt must end in a token to continue: pad prompts on the left")
         config = self.config
         media = self._media(images, media, input_ids)
         logits, state = self.prefill(input_ids, media, input_ids.shape[1] + max_new_tokens)

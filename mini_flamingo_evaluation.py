@@ -69,7 +69,7 @@ def blanked(model: MiniFlamingo) -> Encode:
 
 
 def shuffled(model: MiniFlamingo) -> Encode:
-    """Each prompt gets the images of the next."""
+    """Each prompt gets the images of the one before it in its batch."""
     return lambda images: model.encode_media(images.roll(1, dims=0))
 
 

@@ -35,7 +35,7 @@ from training_loop import Stage, Step
 
 GRID = 2
 PLACES = GRID * GRID
-TEXT_LENGTH = 64
+TEXT_LENGTH = 68  # four captions
 SHIFT = 4  # pixels a training photograph may be moved by
 
 
@@ -77,10 +77,10 @@ class MosaicCurriculum:
         "class": QueryGroup(len(CLASSES), {"count": PLACES + 1, "where": PLACES}),
     }
     stages: ClassVar = {
-        "vision": Stage(steps=3000, learning_rate=1.5e-3, batch_size=32),
-        "language": Stage(steps=800, learning_rate=2e-3, batch_size=64),
+        "vision": Stage(steps=1800, learning_rate=1.5e-3, batch_size=32),
+        "language": Stage(steps=600, learning_rate=2e-3, batch_size=64),
         "warmup": Stage(steps=400, learning_rate=1.5e-3, batch_size=32),
-        "align": Stage(steps=800, learning_rate=1.5e-3, batch_size=32),
+        "align": Stage(steps=700, learning_rate=1.5e-3, batch_size=32),
     }
 
     def __init__(self, root: Path | None):

@@ -6,17 +6,16 @@
 samples.json, and the exploration script shows what the model says of them.
 """
 
-import json
 import random
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 import shapes_texts as texts
 from interleaved_text import Example, answer_of, prompt_of
-from reporting import write_json
+from reporting import read_json, write_json
 from shapes_world import Scene, render, sample_scene
 
 FOLDER = Path(__file__).parent / "data" / "flamingo_test_images"
@@ -29,7 +28,7 @@ def load_image(path: Path | str, size: int) -> Tensor:
             pixels = image.convert("RGB")
             if pixels.size != (size, size):
                 pixels = pixels.resize((size, size), Image.Resampling.BICUBIC)
-    except (OSError, UnidentifiedImageError) as error:
+    except Exception as error:  # damage shows as OSError, SyntaxError, ValueError, DecompressionBombError ...
         raise ValueError(f"cannot read the image {path}: {error}") from None
     return torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
 
@@ -40,15 +39,20 @@ def load_samples(folder: Path, size: int) -> list[dict]:
     listing = folder / "samples.json"
     if not listing.exists():
         raise ValueError(f"{listing} is missing: it lists the images, their prompts and the true answers")
-    try:
-        samples = [
-            {key: entry[key] for key in ("images", "prompt", "truth")} for entry in json.loads(listing.read_text())
-        ]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{listing} must be a list of images, prompt and truth: {error!r}") from None
-    for sample in samples:
-        sample["pixels"] = torch.stack([load_image(folder / name, size) for name in sample["images"]])
-    return samples
+    entries = read_json(listing)
+    if not isinstance(entries, list) or not entries or not all(map(_is_sample, entries)):
+        raise ValueError(f"{listing} must be a list of samples, each with images (a list of names), prompt and truth")
+    return [
+        {key: entry[key] for key in ("images", "prompt", "truth")}
+        | {"pixels": torch.stack([load_image(folder / name, size) for name in entry["images"]])}
+        for entry in entries
+    ]
+
+
+def _is_sample(entry: object) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("images"), list) or not entry["images"]:
+        return False
+    return all(isinstance(text, str) for text in (*entry["images"], entry.get("prompt"), entry.get("truth")))
 
 
 def sample_examples(seed: int = 7) -> list[Example]:

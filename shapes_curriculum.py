@@ -3,6 +3,7 @@
     pictures     scenes and the labels that can be read off them (vision, warmup)
     texts        scenes written out in words, questions about them, episodes (language)
     interleaved  images and text: captions, questions, several images, few-shot episodes (align)
+    few_shot     the same with the emphasis on new words and counting (few_shot)
 
 Legend: B batch, M images per sequence, T text tokens, Q queries.
 """
@@ -29,6 +30,7 @@ TEXT_LENGTH = 128  # words of a text-only or interleaved example
 CHUNK_LENGTH = 64  # words about one image, or of a few-shot episode
 PAIRS = tuple(product(range(len(COLOURS)), range(len(SHAPES))))
 QUESTION_WEIGHTS = {"what is at": 0.2, "where is": 0.25, "how many": 0.2, "how many of": 0.2, "is there": 0.15}
+COUNTING_WEIGHTS = {"what is at": 0.05, "where is": 0.05, "how many": 0.3, "how many of": 0.45, "is there": 0.15}
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ def in_words(scene: Scene, rng: random.Random) -> str:
     return texts.list_caption(rng.sample(scene, len(scene)))
 
 
-def questions(rng: random.Random, count: int) -> list[str]:
-    return rng.choices(list(QUESTION_WEIGHTS), list(QUESTION_WEIGHTS.values()), k=count)
+def questions(rng: random.Random, count: int, weights: dict[str, float] = QUESTION_WEIGHTS) -> list[str]:
+    return rng.choices(list(weights), list(weights.values()), k=count)
 
 
 def text_example(rng: random.Random) -> Example:
@@ -74,7 +76,7 @@ def text_example(rng: random.Random) -> Example:
     too."""
     kind = rng.choices(("questions", "list", "describe", "word", "task"), (0.4, 0.12, 0.08, 0.3, 0.1))[0]
     if kind == "word":  # more meanings than two make copying the right word worth learning much sooner
-        return texts.word_example(rng, shots=15, as_text=True, meanings=rng.randint(2, 4))
+        return texts.word_example(rng, shots=15, text_shots=16, meanings=rng.randint(2, 4))
     if kind == "task":
         return texts.task_example(rng, shots=11, as_text=True)
     scene = world.sample_scene(rng)
@@ -84,11 +86,18 @@ def text_example(rng: random.Random) -> Example:
     return texts.caption_example(scene, kind, see)
 
 
-def single_image_example(rng: random.Random) -> Example:
+def single_image_example(rng: random.Random, weights: dict[str, float] = QUESTION_WEIGHTS) -> Example:
     kind = rng.choices(("questions", "list", "describe"), (0.55, 0.3, 0.15))[0]
     if kind == "questions":
-        return texts.question_example(world.sample_scene(rng), questions(rng, 6), rng)
+        return texts.question_example(world.sample_scene(rng), questions(rng, 6, weights), rng)
     return texts.caption_example(world.sample_scene(rng, max_objects=MAX_OBJECTS if kind == "list" else 8), kind)
+
+
+def bridged_word_example(rng: random.Random) -> Example:
+    """An episode that defines new words, in half of the cases with its first shots in words instead of images: matching
+    an image to a text is learned first, and is the way to matching an image to an image."""
+    text_shots = rng.randint(0, 8) if rng.random() < 0.5 else 0
+    return texts.word_example(rng, shots=8, text_shots=text_shots, meanings=rng.randint(2, 4))
 
 
 def several_images_example(rng: random.Random) -> Example:
@@ -118,6 +127,7 @@ class ShapesCurriculum:
         "language": Stage(steps=2200, learning_rate=2e-3, batch_size=64),
         "warmup": Stage(steps=800, learning_rate=1.5e-3, batch_size=64),
         "align": Stage(steps=1600, learning_rate=1.5e-3, batch_size=64),
+        "few_shot": Stage(steps=1200, learning_rate=1.2e-3, batch_size=64),
     }
 
     def __init__(self):
@@ -133,16 +143,30 @@ class ShapesCurriculum:
         return tokenize([text_example(step.rng) for _ in range(size)], self.tokenizer, TEXT_LENGTH)
 
     def interleaved(self, step: Step, size: int) -> Interleaved:
-        """A batch of one kind, so that few shapes occur; `size` is about the number of images in it."""
+        """Captions, questions and episodes. A batch is of one kind, so that few shapes occur; `size` is about the
+        number of images in it."""
         rng = step.rng
         kind = rng.choices(("single", "several", "word", "task"), (0.6, 0.15, 0.2, 0.05))[0]
         if kind == "single":
-            examples, length = [single_image_example(rng) for _ in range(size)], CHUNK_LENGTH
-        elif kind == "several":
-            examples, length = [several_images_example(rng) for _ in range(size // 4)], TEXT_LENGTH
-        else:
-            make = texts.word_example if kind == "word" else texts.task_example
-            examples, length = [make(rng, shots=8) for _ in range(size // 6)], CHUNK_LENGTH
+            return self.collate(step, [single_image_example(rng) for _ in range(size)], CHUNK_LENGTH)
+        if kind == "several":
+            return self.collate(step, [several_images_example(rng) for _ in range(size // 4)], TEXT_LENGTH)
+        make = texts.word_example if kind == "word" else texts.task_example
+        return self.collate(step, [make(rng, shots=8) for _ in range(size // 6)], CHUNK_LENGTH)
+
+    def few_shot(self, step: Step, size: int) -> Interleaved:
+        """What is learned last: new words from shots, and counting; with a little of everything else."""
+        rng = step.rng
+        kind = rng.choices(("word", "single", "several", "task"), (0.45, 0.45, 0.05, 0.05))[0]
+        if kind == "word":
+            return self.collate(step, [bridged_word_example(rng) for _ in range(size // 6)], CHUNK_LENGTH)
+        if kind == "single":
+            return self.collate(step, [single_image_example(rng, COUNTING_WEIGHTS) for _ in range(size)], CHUNK_LENGTH)
+        if kind == "several":
+            return self.collate(step, [several_images_example(rng) for _ in range(size // 4)], TEXT_LENGTH)
+        return self.collate(step, [texts.task_example(rng, shots=8) for _ in range(size // 6)], CHUNK_LENGTH)
+
+    def collate(self, step: Step, examples: list[Example], length: int) -> Interleaved:
         batch = texts.collate(examples, self.tokenizer, step.generator, length)
         most = batch.images.shape[1]
         is_real = torch.tensor([m < len(row) for row in batch.scenes for m in range(most)])

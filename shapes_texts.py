@@ -2,8 +2,8 @@
 
     list      a1 large red circle ; b3 small blue square ; .
     describe  in a1 a large red circle , in b3 a small blue square .
-    questions what is at b3 ?   where is the red circle ?   how many objects ?   how many red objects ?   is there a red
-    circle ? episodes  several images with one text each, among them words that only the episode's own shots define
+    questions what is at b3 ?   where is the red circle ?   how many objects ?   how many circles ?   is there a red
+    cross ? episodes  several images with one text each, among them words that only the episode's own shots define
 
 Captions name the places in reading order, so that the text so far always says where to look next.
 
@@ -11,7 +11,7 @@ Legend: B batch, M images per sequence, T text tokens.
 """
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -129,30 +129,37 @@ def question_example(scene: Scene, kinds: Sequence[str], rng: random.Random, see
     return writer.example(scene)
 
 
-def _shot_scenes(rng: random.Random, split: str, count: int) -> list[Scene]:
-    return [sample_scene(rng, split, 1, 1) for _ in range(count)]
-
-
 def word_example(
-    rng: random.Random, shots: int, split: str = "train", as_text: bool = False, meanings: int = 2
+    rng: random.Random, shots: int, split: str = "train", text_shots: int = 0, meanings: int = 2
 ) -> Example:
     """Nonce words mean colours, or shapes, in this episode only:
 
         <image> called dax <|endofchunk|> <image> called wug <|endofchunk|> ... <image> called
 
-    `shots` images with their word, then the image to be named. With two meanings, guessing between the two words is
-    right half of the time.
+    `shots` images with their word, then the image to be named. The first `text_shots` images are put in words instead.
+    With two meanings, guessing between the two words is right half of the time. Raises ValueError for the split
+    "unseen", in which most colours and shapes do not occur.
     """
+    if split == "unseen":
+        raise ValueError("word episodes are of the splits train and held-out")
     attribute, count = rng.choice((("colour", len(COLOURS)), ("shape", len(SHAPES))))
     words = dict(zip(rng.sample(range(count), meanings), rng.sample(NONCE_WORDS, meanings), strict=True))
     writer, scenes = ExampleWriter(), []
-    while len(scenes) <= shots:
-        (scene,) = _shot_scenes(rng, split, 1)
-        word = words.get(getattr(scene[0], attribute))
-        if word is not None:
+    for shot in range(shots + 1):
+        (thing,) = scene = _scene_with(rng, split, attribute, words)
+        if shot >= text_shots:
             scenes.append(scene)
-            writer.add(f"{scene[0].words if as_text else IMAGE} called", f"{word} {END_OF_CHUNK}")
+        see = IMAGE if shot >= text_shots else thing.words
+        writer.add(f"{see} called", f"{words[getattr(thing, attribute)]} {END_OF_CHUNK}")
     return writer.example(*scenes)
+
+
+def _scene_with(rng: random.Random, split: str, attribute: str, values: Collection[int]) -> Scene:
+    """One thing, whose attribute has one of these values."""
+    while True:
+        scene = sample_scene(rng, split, 1, 1)
+        if getattr(scene[0], attribute) in values:
+            return scene
 
 
 def task_example(rng: random.Random, shots: int, split: str = "train", as_text: bool = False) -> Example:
@@ -166,7 +173,7 @@ def task_example(rng: random.Random, shots: int, split: str = "train", as_text: 
         )
     )
     writer = ExampleWriter()
-    scenes = _shot_scenes(rng, split, shots + 1)
+    scenes = [sample_scene(rng, split, 1, 1) for _ in range(shots + 1)]
     for scene in scenes:
         see = f"{scene[0].place_word} {scene[0].words}" if as_text else IMAGE
         writer.add(f"{see} output :", f"{read(scene[0])} {END_OF_CHUNK}")

@@ -84,8 +84,8 @@ def sample_scene(
     """A random scene of that split, its object count uniform. Raises ValueError for an unknown split or bad counts."""
     if split not in ("train", "held-out", "unseen"):
         raise ValueError(f"split must be train, held-out or unseen; got {split!r}")
-    if not 1 <= min_objects <= max_objects <= len(PLACES):
-        raise ValueError(f"need 1 <= min_objects <= max_objects <= {len(PLACES)}; got {min_objects} and {max_objects}")
+    if not 1 <= min_objects <= max_objects <= MAX_OBJECTS:
+        raise ValueError(f"need 1 <= min_objects <= max_objects <= {MAX_OBJECTS}; got {min_objects} and {max_objects}")
     count = rng.randint(min_objects, max_objects)
     while True:
         things = []
@@ -149,12 +149,8 @@ def _signed_distance(x: Tensor, y: Tensor, radius: Tensor, shape: Tensor) -> Ten
         torch.minimum(horizontal, vertical) - 0.33 * radius, torch.maximum(horizontal, vertical) - radius
     )
     diamond = (horizontal + vertical - 1.12 * radius) / 2**0.5
-    which = shape[..., None, None]
-    return torch.where(
-        which == 0,
-        circle,
-        torch.where(which == 1, square, torch.where(which == 2, triangle, torch.where(which == 3, bar, diamond))),
-    )
+    distances = torch.stack((circle, square, triangle, bar, diamond))
+    return distances.gather(0, shape[None, ..., None, None].expand_as(distances[:1])).squeeze(0)
 
 
 def _background(batch: int, generator: torch.Generator) -> Tensor:

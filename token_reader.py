@@ -63,12 +63,14 @@ class TokenReader(nn.Module):
 
 
 def reading_loss(logits: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Tensor:
-    """The sum over heads of the mean cross-entropy; targets int64[B, Q] by head name, UNASKED where there is no
-    answer."""
-    return sum(
-        F.cross_entropy(head.flatten(0, 1).float(), targets[name].flatten(), ignore_index=UNASKED)
-        for name, head in logits.items()
-    )
+    """The sum over heads of the mean cross-entropy, 0 for a head that is asked nothing. targets int64[B, Q] by head
+    name, UNASKED where there is no answer."""
+    loss = 0
+    for name, head in logits.items():
+        target = targets[name].flatten()
+        total = F.cross_entropy(head.flatten(0, 1).float(), target, ignore_index=UNASKED, reduction="sum")
+        loss = loss + total / (target != UNASKED).sum().clamp(min=1)
+    return loss
 
 
 def reading_accuracy(logits: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, float]:

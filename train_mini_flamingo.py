@@ -1,12 +1,13 @@
-"""Trains a Mini Flamingo: the paper's recipe in miniature, in four stages.
+"""Trains a Mini Flamingo: the paper's recipe in miniature, in five stages.
 
     vision    the vision encoder, from a label for every patch
     language  the language model, on text alone: scenes written out in words, questions about them, episodes
     warmup    vision frozen; the resampler, read by a small decoder (token_reader.py says why this decides everything)
     align     vision and language frozen; the resampler and the gated blocks, on interleaved images and text
+    few_shot  the same, with the emphasis on what comes last: new words from a few examples, and counting
 
 (Alayrac et al. 2022, section 2 and appendix B.1.) The number of visual tokens and the resampler's depth are drawn anew
-each step of the last two stages, so one checkpoint works at any of them. At the end the model is tested on held-out
+each step from the warm-up on, so one checkpoint works at any of them. At the end the model is tested on held-out
 data and saved.
 
 Without options this makes data/mini_flamingo, the shipped model, from generated scenes. `--data cifar10` makes
@@ -28,7 +29,7 @@ from mini_flamingo import MiniFlamingo
 from mini_flamingo_checkpoint import SHIPPED, save_mini_flamingo, save_weights
 from mosaic_curriculum import MosaicCurriculum
 from reporting import Column, format_percent, table, write_json
-from shapes_curriculum import ShapesCurriculum
+from shapes_curriculum import Interleaved, ShapesCurriculum
 from token_reader import TokenReader, reading_accuracy, reading_loss
 from training_loop import Step, train_stage
 
@@ -71,13 +72,15 @@ class Trainer:
             "language": [model.language_model],
             "warmup": [model.resampler, self.reader],
             "align": [model.resampler, self.reader, model.gated_layers],
+            "few_shot": [model.resampler, self.reader, model.gated_layers],
         }[stage]
 
     def parameter_groups(self, stage: str) -> list[dict]:
-        """In `align` the warmed-up parts learn at 0.3 of the rate and the gates, which start at 0, at 5 times it."""
+        """Beside the gated blocks the warmed-up parts learn at 0.3 of the rate; the gates, which start at 0, at 5 times
+        it."""
         groups = []
         for module in self.parts(stage):
-            slow = 0.3 if stage == "align" and module is not self.model.gated_layers else 1.0
+            slow = 0.3 if stage in ("align", "few_shot") and module is not self.model.gated_layers else 1.0
             for name, parameter in module.named_parameters():
                 rate = self.curriculum.stages[stage].learning_rate * (5.0 if name.endswith("gate") else slow)
                 groups.append({"params": [parameter], "lr": rate, "weight_decay": 0.05 if parameter.dim() > 1 else 0.0})
@@ -110,8 +113,13 @@ class Trainer:
         return reading_loss(logits, targets), reading_accuracy(logits, targets)
 
     def align(self, step: Step, size: int) -> tuple[Tensor, dict[str, float]]:
+        return self.answering_loss(self.curriculum.interleaved(step, size), step)
+
+    def few_shot(self, step: Step, size: int) -> tuple[Tensor, dict[str, float]]:
+        return self.answering_loss(self.curriculum.few_shot(step, size), step)
+
+    def answering_loss(self, batch: Interleaved, step: Step) -> tuple[Tensor, dict[str, float]]:
         """The language model's loss, with the warm-up's kept at 0.3 so that the latents stay readable."""
-        batch = self.curriculum.interleaved(step, size)
         labels = batch.labels.to(self.device)
         media = self.model.encode_media(batch.images.to(self.device), **self.elastic(step))
         logits = self.model(batch.input_ids.to(self.device), media=media)
@@ -134,7 +142,7 @@ def answer_accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def train(trainer: Trainer, work: Path, seed: int, bf16: bool) -> dict[str, dict[str, float]]:
-    """Runs the four stages, each from where `work` left it, and returns their steps and seconds."""
+    """Runs the stages, each from where `work` left it, and returns their steps and seconds."""
     record = {}
     for name, stage in trainer.curriculum.stages.items():
         loss_of = partial(getattr(trainer, name), size=stage.batch_size)

@@ -8,6 +8,8 @@ these features as an unordered set can then still tell where each one stands.
 Legend: N images, P patches, D output width.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -18,9 +20,9 @@ POSITION_DIM = 64
 
 
 def sincos_positions(side: int) -> Tensor:
-    """float[side * side, 64]: sines and cosines of column and row at 16 frequencies, from one turn down to half a
-    patch."""
-    frequencies = torch.pi * torch.logspace(0, torch.log2(torch.tensor(float(side))).item(), 16, base=2.0) / side
+    """float[side * side, 64]: sines and cosines of column and row at 16 frequencies, from half a turn over the image to
+    half a turn per patch."""
+    frequencies = torch.pi * torch.logspace(0, math.log2(side), 16, base=2.0) / side
     angles = (torch.arange(side) + 0.5)[:, None] * frequencies
     waves = torch.cat((angles.sin(), angles.cos()), dim=1)
     rows = waves[:, None].expand(-1, side, -1)
@@ -50,6 +52,8 @@ class VisionEncoder(nn.Module):
         super().__init__()
         if image_size % patch_size or patch_size % 2:
             raise ValueError(f"image_size {image_size} must be a multiple of an even patch_size; got {patch_size}")
+        if dim <= POSITION_DIM:
+            raise ValueError(f"dim must be above {POSITION_DIM}, the features that hold the position; got {dim}")
         width, side = dim - POSITION_DIM, image_size // patch_size
         self.image_size, self.num_patches = image_size, side * side
         self.patches = nn.Sequential(
@@ -72,6 +76,8 @@ class VisionEncoder(nn.Module):
             raise ValueError(
                 f"images must be [N, 3, {self.image_size}, {self.image_size}]; got shape {list(images.shape)}"
             )
+        if images.dtype != torch.uint8 and not images.is_floating_point():
+            raise ValueError(f"images must be uint8, or float in [0, 1]; got {images.dtype}")
         dtype = self.position.dtype
         pixels = images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
         x = self.patches(4 * pixels - 2).transpose(1, 2) + self.position
