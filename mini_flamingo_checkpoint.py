@@ -45,6 +45,9 @@ def load_mini_flamingo(folder: Path | str = SHIPPED, device: str | torch.device 
             f"{folder / 'config.json'} is not of this version: unknown fields {sorted(set(settings) - known)}, "
             f"missing fields {sorted(known - set(settings))}"
         )
+    for name, value in settings.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            raise ValueError(f"{folder / 'config.json'}: {name} must be a number, 0 or more; got {value!r}")
     model = MiniFlamingo(MiniFlamingoConfig(**settings))
     load_weights(folder / "model.safetensors", model)
     return model.freeze_pretrained().to(device).eval()
@@ -88,9 +91,10 @@ def _read_config(folder: Path) -> dict:
         raise ValueError(f"no trained Mini Flamingo in {folder}: train one with python train_mini_flamingo.py")
     try:
         content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # of the JSON or of its UTF-8
         raise ValueError(f"{path} is damaged: {error}") from None
-    if not isinstance(content, dict) or not {"config", "vocabulary"} <= set(content):
+    parts = {"config": dict, "vocabulary": list}
+    if not isinstance(content, dict) or any(not isinstance(content.get(key), kind) for key, kind in parts.items()):
         raise ValueError(f"{path} must hold a config and a vocabulary")
     return content
 

@@ -2,8 +2,9 @@
 
     list      a1 large red circle ; b3 small blue square ; .
     describe  in a1 a large red circle , in b3 a small blue square .
-    questions what is at b3 ?   where is the red circle ?   how many objects ?   how many circles ?   is there a red
-    cross ? episodes  several images with one text each, among them words that only the episode's own shots define
+    questions what is at b3 ?   where is the red circle ?   how many objects ?   how many circles ?
+              is there a red cross ?
+    episodes  several images with one text each, among them words that only the episode's own shots define
 
 Captions name the places in reading order, so that the text so far always says where to look next.
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from attention_layers import CrossAttention, KVCache, PerceiverAttention, SelfAttentionLayer, rotary_angles, rotate
+from attention_layers import CrossAttention, KVCache, PerceiverAttention, SelfAttentionLayer, rotary_embedding, rotate
 from laws import assert_same, count_flops, randomized, value_and_gradients
 from media_masks import MediaLayout
 
@@ -338,7 +338,7 @@ def test_cached_steps_are_the_full_pass(chunks):
     """A prompt and then token by token, into a cache with room to spare that holds garbage at first."""
     length, slots = sum(chunks), 11
     layer, x = self_attention(causal=True), torch.randn(2, length, DIM)
-    full = layer(x, rotary=rotary_angles(torch.arange(length), DIM_HEAD))
+    full = layer(x, rotary=rotary_embedding(torch.arange(length), DIM_HEAD))
     cache = KVCache.allocate(2, HEADS, slots, DIM_HEAD, like=x)
     cache.k.normal_(std=100)
     cache.v.normal_(std=100)
@@ -347,11 +347,20 @@ def test_cached_steps_are_the_full_pass(chunks):
         for chunk in chunks:
             positions = torch.arange(start, start + chunk)
             mask = (torch.arange(slots) <= positions[:, None]).expand(2, 1, -1, -1)
-            rotary = rotary_angles(positions, DIM_HEAD)
+            rotary = rotary_embedding(positions, DIM_HEAD)
             steps.append(layer(x[:, start : start + chunk], mask, rotary, cache, positions))
             start += chunk
     assert cache.k.shape == (2, HEADS, slots, DIM_HEAD)
     assert_same(torch.cat(steps, dim=1), full.detach())
+
+
+def test_a_cache_needs_a_mask_and_positions():
+    """Without a mask the queries would see slots that are not filled yet."""
+    layer, x = self_attention(causal=True), torch.randn(2, 3, DIM)
+    cache, mask = KVCache.allocate(2, HEADS, 5, DIM_HEAD, like=x), torch.ones(2, 1, 3, 5, dtype=torch.bool)
+    for arguments in ({"positions": torch.arange(3)}, {"mask": mask}, {}):
+        with pytest.raises(AssertionError, match="slots that are not filled yet"):
+            layer(x, cache=cache, **arguments)
 
 
 def test_a_cached_step_compiles_as_one_graph():
@@ -360,7 +369,7 @@ def test_a_cached_step_compiles_as_one_graph():
     @torch.no_grad()
     def step(cache, positions):
         mask = (torch.arange(6) <= positions[:, None]).expand(2, 1, -1, -1)
-        return layer(x, mask, rotary_angles(positions, DIM_HEAD), cache, positions)
+        return layer(x, mask, rotary_embedding(positions, DIM_HEAD), cache, positions)
 
     caches = [KVCache.allocate(2, HEADS, 6, DIM_HEAD, like=x) for _ in range(2)]
     compiled = torch.compile(step, backend="eager", fullgraph=True)
@@ -387,7 +396,7 @@ def test_rotating_is_multiplying_by_complex_numbers():
     x = torch.randn(2, HEADS, 6, 8)
     angles = torch.arange(6)[:, None] * 10_000.0 ** (-torch.arange(4) / 4)
     turned = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angles), angles)
-    rotated = rotate(x, rotary_angles(torch.arange(6), 8))
+    rotated = rotate(x, rotary_embedding(torch.arange(6), 8))
     # the angles are float32: at positions below 8 an angle, its sine and its cosine are off by 2^-21 at most
     tolerance = 2**-21 * x.abs().max().item()
     torch.testing.assert_close(rotated, torch.cat((turned.real, turned.imag), dim=-1), rtol=0, atol=tolerance)
@@ -399,7 +408,7 @@ def test_rotary_scores_depend_on_distance_alone():
     largest = (q.norm(dim=-1).max() * k.norm(dim=-1).max()).item()
 
     def scores(shift):
-        rotary = rotary_angles(torch.arange(9) + shift, 16)
+        rotary = rotary_embedding(torch.arange(9) + shift, 16)
         return rotate(q, rotary) @ rotate(k, rotary).mT
 
     for shift in (1, 17, 500):
@@ -411,8 +420,8 @@ def test_rotary_scores_depend_on_distance_alone():
 
 def test_shifting_all_positions_leaves_self_attention_the_same():
     layer, x = self_attention(causal=True), torch.randn(2, 9, DIM)
-    at_zero = layer(x, rotary=rotary_angles(torch.arange(9), DIM_HEAD))
-    shifted = layer(x, rotary=rotary_angles(torch.arange(9) + 40, DIM_HEAD))
+    at_zero = layer(x, rotary=rotary_embedding(torch.arange(9), DIM_HEAD))
+    shifted = layer(x, rotary=rotary_embedding(torch.arange(9) + 40, DIM_HEAD))
     # not up to rounding in float64: the angles are float32
     torch.testing.assert_close(shifted, at_zero, rtol=1e-4, atol=1e-5)
     assert not torch.isclose(at_zero, layer(x)).all()

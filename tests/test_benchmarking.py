@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import benchmarking
-from benchmarking import Timing, compare, measure, peak_memory
+from benchmarking import Timing, choose_device, compare, default_device, measure, peak_memory
 
 MIB = 2**20
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -42,6 +42,34 @@ def clock(monkeypatch):
     fake = FakeClock()
     monkeypatch.setattr(benchmarking, "time", fake)
     return fake
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_a_device_nobody_named_is_the_gpu_where_there_is_one(monkeypatch, has_gpu):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    assert choose_device(None) == default_device() == torch.device("cuda" if has_gpu else "cpu")
+
+
+def test_a_named_device_is_taken():
+    assert choose_device("cpu") == torch.device("cpu")
+
+
+@gpu
+def test_a_named_gpu_is_taken():
+    assert choose_device("cuda:0") == torch.device("cuda:0")
+
+
+@pytest.mark.parametrize("name", ["", "gpu", "CPU", "cuda:", "cuda:99", "cpu cuda", "meta", "mps", "xpu", "hpu:1"])
+def test_a_device_that_is_not_there_is_one_sentence(name):
+    with pytest.raises(ValueError, match=r"^--device .*cannot be used here \(.+\); use cpu, or cuda") as error:
+        choose_device(name)
+    assert "\n" not in str(error.value) and f"--device {name} " in str(error.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_gpu_that_is_not_there_is_one_sentence():
+    with pytest.raises(ValueError, match="--device cuda cannot be used here"):
+        choose_device("cuda")
 
 
 def test_percentiles_are_those_of_the_timed_runs(clock):

@@ -17,6 +17,7 @@ import torch
 import torchvision
 from PIL import Image
 
+import shapes_texts as texts
 import shapes_world as world
 from cifar_utils import (
     CLASSES,
@@ -32,6 +33,7 @@ from cifar_utils import (
     mosaic_places,
     sample_batch,
 )
+from interleaved_text import WordTokenizer, answer_of, prompt_of, tokenize
 from mini_flamingo_checkpoint import save_weights
 
 CAT, DOG, FROG, SHIP = (CLASSES.index(name) for name in ("cat", "dog", "frog", "ship"))
@@ -315,8 +317,8 @@ def test_mosaic_caption_names_what_stands_where():
 
 def test_vocabulary_holds_each_word_once_and_starts_like_shapes_world():
     assert len(set(MOSAIC_VOCABULARY)) == len(MOSAIC_VOCABULARY)
-    assert MOSAIC_VOCABULARY[:3] == world.VOCABULARY[:3] == ("<pad>", "<image>", "<|endofchunk|>")
-    tokenizer = world.WordTokenizer(MOSAIC_VOCABULARY)
+    assert MOSAIC_VOCABULARY[:3] == texts.VOCABULARY[:3] == ("<pad>", "<image>", "<|endofchunk|>")
+    tokenizer = WordTokenizer(MOSAIC_VOCABULARY)
     assert (tokenizer.pad_id, tokenizer.image_id, tokenizer.eoc_id) == (0, 1, 2)
     for label in range(10):
         assert tokenizer.decode(tokenizer.encode(cifar10_caption(label))) == cifar10_caption(label)
@@ -346,16 +348,16 @@ def true_answer(question: str, labels: list[int], grid: int) -> str:
 @pytest.mark.parametrize("kind", MOSAIC_KINDS)
 def test_answers_follow_from_the_labels(kind, grid):
     rng = random.Random(grid)
-    tokenizer = world.WordTokenizer(MOSAIC_VOCABULARY)
+    tokenizer = WordTokenizer(MOSAIC_VOCABULARY)
     asked = Counter()
     for _ in range(300):
         labels = [rng.randrange(10) for _ in range(grid * grid)]
         example = mosaic_example(torch.tensor(labels), kind, rng)
-        question = world.prompt_of(example).removeprefix("<image> ")
-        assert world.answer_of(example) == true_answer(question, labels, grid)
+        question = prompt_of(example).removeprefix("<image> ")
+        assert answer_of(example) == true_answer(question, labels, grid)
         assert example.scenes == (tuple(labels),)
         assert tokenizer.decode(tokenizer.encode(example.text)) == example.text
-        asked[question.split()[0], world.answer_of(example)] += 1
+        asked[question.split()[0], answer_of(example)] += 1
     if kind == "is there":
         assert 100 < asked["is", "yes"] < 200
     if kind == "how many":
@@ -365,19 +367,19 @@ def test_answers_follow_from_the_labels(kind, grid):
 def test_where_is_asks_only_for_a_class_that_stands_once():
     rng = random.Random(0)
     for _ in range(50):
-        assert world.prompt_of(mosaic_example([CAT, CAT, DOG, CAT], "where is", rng)) == "<image> where is the dog ?"
+        assert prompt_of(mosaic_example([CAT, CAT, DOG, CAT], "where is", rng)) == "<image> where is the dog ?"
         assert "what is at" in mosaic_example([CAT, CAT, DOG, DOG], "where is", rng).text
 
 
 def test_several_questions_share_one_image_and_only_answers_are_labels():
     example = mosaic_example([CAT, SHIP, DOG, FROG], ["list", "where is", "how many"], random.Random(0))
     assert example.text.split().count("<image>") == len(example.scenes) == 1
-    tokenizer = world.WordTokenizer(MOSAIC_VOCABULARY)
-    ids, labels = world.tokenize([example], tokenizer)
+    tokenizer = WordTokenizer(MOSAIC_VOCABULARY)
+    ids, labels = tokenize([example], tokenizer)
     learned = tokenizer.decode(ids[labels != -100])
     chunks = re.split(r" ?<\|endofchunk\|> ?", learned)
     assert chunks[0] == "a1 cat ; b1 ship ; a2 dog ; b2 frog ; ." and chunks[-1] == ""
-    assert chunks[1] in mosaic_places(2) and chunks[2] in world.NUMBERS and len(chunks) == 4
+    assert chunks[1] in mosaic_places(2) and chunks[2] in texts.NUMBERS and len(chunks) == 4
 
 
 def test_examples_follow_from_the_seed():

@@ -19,11 +19,16 @@ MODELS = [
     "language_model",
     "token_sampling",
     "mini_flamingo",
+    "interleaved_text",
     "mini_flamingo_checkpoint",
     "shapes_world",
+    "shapes_texts",
     "cifar_utils",
-    "scene_reader",
     "mini_flamingo_evaluation",
+    "token_reader",
+    "training_loop",
+    "shapes_curriculum",
+    "mosaic_curriculum",
 ]
 OPTIMIZATIONS = [
     "visual_token_cache",
@@ -36,7 +41,13 @@ OPTIMIZATIONS = [
 ]
 HELPERS = ["benchmarking", "reporting"]
 PARTS_OF_SCRIPTS = ["sample_images", "exploration_plots"]
-SCRIPTS = ["train_mini_flamingo", "flamingo_paper_exploration", "flamingo_optimization", "compare_peers"]
+SCRIPTS = [
+    "train_mini_flamingo",
+    "flamingo_paper_exploration",
+    "flamingo_optimization",
+    "compare_peers",
+    "readme_tables",
+]
 ORDER = [*LAYERS, *MODELS, *OPTIMIZATIONS, *HELPERS, *PARTS_OF_SCRIPTS, *SCRIPTS]
 
 FOR_PACKAGE = {*LAYERS, "perceiver_resampler", "gated_cross_attention", *OPTIMIZATIONS}  # what flamingo_vlm is made of

@@ -31,7 +31,8 @@ MAKERS = {
     ),
     "words": lambda rng, split: texts.word_example(rng, 4, split),
     "tasks": lambda rng, split: texts.task_example(rng, 4, split),
-    "words as text": lambda rng, split: texts.word_example(rng, 4, split, as_text=True),
+    "words as text": lambda rng, split: texts.word_example(rng, 4, split, text_shots=5),
+    "words begun as text": lambda rng, split: texts.word_example(rng, 4, split, text_shots=2),
     "tasks as text": lambda rng, split: texts.task_example(rng, 4, split, as_text=True),
 }
 
@@ -53,7 +54,7 @@ def test_examples_keep_to_their_split(split):
             continue  # see below
         rng = random.Random(f"{name} {split}")
         for _ in range(20):
-            assert {world.scene_split(scene) for scene in make(rng, split).scenes} == {split}, name
+            assert {world.scene_split(scene) for scene in make(rng, split).scenes} <= {split}, name
 
 
 @pytest.mark.parametrize("split", ["train", "held-out"])
@@ -70,19 +71,10 @@ def test_unseen_pairs_are_nowhere(split):
         assert not any(pair in question for pair in forbidden)
 
 
-@pytest.mark.xfail(reason="bug: it waits for ever for a meaning that no unseen pair has", strict=True)
-def test_word_episodes_of_unseen_pairs_end():
-    class Patience(random.Random):
-        drawn = 0
-
-        def randrange(self, *arguments):
-            self.drawn += 1
-            if self.drawn > 20_000:
-                raise TimeoutError
-            return super().randrange(*arguments)
-
-    for seed in range(10):
-        texts.word_example(Patience(seed), 2, "unseen")
+def test_words_cannot_be_defined_by_unseen_pairs():
+    """Most colours and shapes are in none of them."""
+    with pytest.raises(ValueError, match="word episodes are of the splits train and held-out"):
+        texts.word_example(random.Random(0), 2, "unseen")
 
 
 def test_everything_is_decided_by_the_seed():
@@ -238,26 +230,28 @@ def test_an_unknown_question_is_an_error():
 
 @pytest.mark.parametrize("meanings", [2, 3, 4])
 @pytest.mark.parametrize("split", ["train", "held-out"])
-@pytest.mark.parametrize("as_text", [False, True])
-def test_words_mean_the_same_all_through_an_episode(split, as_text, meanings):
-    """Each word is one value of the episode's attribute, and the other way round; what else the things have is free."""
-    rng = random.Random(f"{split} {as_text}")
+@pytest.mark.parametrize("text_shots", [0, 5, 13])
+def test_words_mean_the_same_all_through_an_episode(split, text_shots, meanings):
+    """Each word is one value of the episode's attribute, and the other way round; what else the things have is free.
+    The first things are in words, if so wanted, and the others are images."""
+    rng = random.Random(f"{split} {text_shots}")
     attributes, complete = [], 0
     for _ in range(80):
-        example = texts.word_example(rng, 12, split, as_text, meanings)
+        example = texts.word_example(rng, 12, split, text_shots, meanings)
         shown = re.findall(rf"(\S+(?: \S+)*?) {NAMING} (\w+) <\|endofchunk\|>", example.text)
-        assert len(shown) == len(example.scenes) == 13
+        assert len(shown) == 13
+        assert [see == IMAGE for see, _ in shown] == [i >= text_shots for i in range(13)]
         assert all(len(scene) == 1 and world.scene_split(scene) == split for scene in example.scenes)
-        things = [scene[0] for scene in example.scenes]
-        for thing, (see, _) in zip(things, shown, strict=True):
-            assert see == (" ".join(words_of(thing)) if as_text else IMAGE)
+        in_images = [words_of(scene[0]) for scene in example.scenes]
+        things = [see.split() for see, _ in shown[:text_shots]] + in_images
+        assert len(things) == 13
         words = [word for _, word in shown]
         assert set(words) <= set(texts.NONCE_WORDS)
         assert len(set(words)) <= meanings
         complete += len(set(words)) == meanings
         explained_by = []
-        for attribute in ("colour", "shape"):
-            values = [getattr(thing, attribute) for thing in things]
+        for attribute, index in (("colour", 1), ("shape", 2)):
+            values = [thing[index] for thing in things]
             if len(set(values)) == len(set(words)) == len(set(zip(values, words, strict=True))):
                 explained_by.append(attribute)
         assert explained_by
@@ -294,7 +288,7 @@ def test_the_shots_of_a_task_show_one_attribute(as_text):
 def test_there_is_one_image_token_for_each_scene():
     for name, example in many_examples("held-out"):
         images = example.text.split().count(IMAGE)
-        assert images == (0 if "text" in name else len(example.scenes))
+        assert images == (0 if name == "tasks as text" else len(example.scenes))
 
 
 # ---------------------------------------------------------------------------------------------------- tokens

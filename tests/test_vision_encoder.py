@@ -111,3 +111,16 @@ def test_images_of_another_rank_channels_or_size_are_an_error(shape):
 def test_patches_that_do_not_fit_are_an_error(size, patch):
     with pytest.raises(ValueError, match=f"image_size {size} must be a multiple of an even patch_size; got {patch}"):
         VisionEncoder(size, patch, 80, 1, 2)
+
+
+def test_images_of_other_numbers_are_an_error():
+    """int64 pixels from 0 to 255 would be taken for floats from 0 to 1."""
+    for dtype in (torch.int64, torch.int16, torch.bool):
+        with pytest.raises(ValueError, match=f"images must be uint8, or float in \\[0, 1\\]; got {dtype}"):
+            encoder()(torch.zeros(1, 3, 16, 16, dtype=dtype))
+
+
+@pytest.mark.parametrize("dim", [0, 64])
+def test_a_width_that_the_position_fills_is_an_error(dim):
+    with pytest.raises(ValueError, match=f"dim must be above 64, the features that hold the position; got {dim}"):
+        VisionEncoder(16, 8, dim, 1, 2)
