@@ -1,6 +1,6 @@
 # make run    install into .venv, then run the study on the shipped model
 # make test   install into .venv, then run the whole test suite and the style check
-# make train  reproduce the shipped weights (about half an hour on a CPU)
+# make train  reproduce the shipped weights (about an hour and a half on 2 CPU cores)
 
 PYTHON ?= python3.11
 PY := .venv/bin/python

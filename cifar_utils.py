@@ -224,15 +224,15 @@ def _ask(labels: tuple[int, ...], kind: str, rng: random.Random) -> tuple[str, s
 
 
 ENCODER_DIM = 192
-SHIPPED_ENCODERS = DATA / "cifar10_vision"
 
 
 class CIFAR10VisionEncoder(VisionEncoder):
     """Photographs, or mosaics, uint8[B, 3, 32 * grid, 32 * grid] -> features of 4 x 4 pixel patches float[B, P, dim].
 
     The encoder is 192 wide. A larger `dim` is reached by a fixed orthonormal map, which keeps all lengths and angles
-    (the position is then no longer the last 64 features). `weights` is a folder of trained encoders, one file per grid
-    because each grid has its own patches: encoder-grid1.safetensors, ... They come frozen; None starts from random.
+    (the position is then no longer the last 64 features). It starts untrained. `weights` is a folder with a trained
+    one's encoder-grid{grid}.safetensors, one file per grid because each grid has its own patches; those come frozen.
+    `python train_mini_flamingo.py --data cifar10` writes the one for mosaics of 2 x 2 to data/mini_flamingo_cifar10.
     """
 
     def __init__(
@@ -241,7 +241,7 @@ class CIFAR10VisionEncoder(VisionEncoder):
         data_root: Path | str | None = None,  # as in `load_cifar10`; read when `batch` is first called
         device: str | torch.device = "cpu",
         grid: int = 1,
-        weights: Path | str | None = SHIPPED_ENCODERS,
+        weights: Path | str | None = None,
     ):
         mosaic_places(grid)  # raises ValueError for a grid that there is not
         if dim < ENCODER_DIM:

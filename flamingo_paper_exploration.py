@@ -9,6 +9,7 @@ checkpoint on scenes that it never saw in training.
 """
 
 import argparse
+import tempfile
 from copy import deepcopy
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import mini_flamingo_evaluation as evaluation
-from benchmarking import choose_device, compare, environment, matmul_ceiling
+from benchmarking import choose_device, compare, environment, matmul_ceiling, positive_int, seed_everything
 from exploration_plots import plot_captions, plot_gates, plot_latents
 from gated_cross_attention import GatedCrossAttentionBlock
 from interleaved_text import END_OF_CHUNK, WordTokenizer
@@ -38,13 +39,15 @@ from sample_images import FOLDER, load_samples
 
 __all__ = ["GatedCrossAttentionBlock", "MiniFlamingo", "PerceiverResampler", "main"]
 
+ROOT = Path(__file__).resolve().parent
+SEED = 0  # of the first demonstration's random weights and features
 PATCHES = 576  # a 384-pixel image in 16-pixel patches
 
 
 def demonstrate_resampler(device: torch.device, quick: bool) -> dict:
     """Times both forms on the same patch features and states their work."""
     config = preset("paper")
-    generator = torch.Generator().manual_seed(0)
+    generator = seed_everything(SEED)
     resampler = PerceiverResampler(config.vision_dim, config.resampler_depth, config.resampler_dim_head)
     direct = DirectSelfAttention(config.vision_dim, config.resampler_depth, config.resampler_dim_head)
     forms = {"self-attention": direct.to(device).eval(), "resampler": resampler.to(device).eval()}
@@ -157,8 +160,9 @@ def latent_attention(model: MiniFlamingo, image: Tensor) -> Tensor:
 
 
 def demonstrate_model(model: MiniFlamingo, tokenizer: WordTokenizer, samples: list[dict], quick: bool) -> dict:
-    """Parameters, times, words for the sample images, accuracy on held-out scenes and its control."""
-    device, shown = model.resampler.latents.device, []
+    """Parameters, times, words for the sample images, accuracy on held-out scenes and its control. Raises
+    ValueError where no sample has exactly one image."""
+    device, shown, timed = model.resampler.latents.device, [], first_of_one_image(samples)
     for sample in samples:
         prompt = tokenizer.pad_left([sample["prompt"]]).to(device)
         said = tokenizer.decode(model.generate(prompt, sample["pixels"][None].to(device))[0])
@@ -169,21 +173,29 @@ def demonstrate_model(model: MiniFlamingo, tokenizer: WordTokenizer, samples: li
         )
     return {
         "parameters": parameter_table(model),
-        "times": time_model(model, tokenizer, samples[0]),
+        "times": time_model(model, tokenizer, timed),
         "samples": shown,
         "accuracy": held_out_accuracy(model, tokenizer, 32 if quick else 128),
     }
 
 
+def first_of_one_image(samples: list[dict]) -> dict:
+    for sample in samples:
+        if len(sample["pixels"]) == 1:
+            return sample
+    raise ValueError("no sample has exactly one image, and the times are those of one image: add one to samples.json")
+
+
 @torch.inference_mode()
 def time_model(model: MiniFlamingo, tokenizer: WordTokenizer, sample: dict) -> list[dict]:
-    """Seconds of each part of a caption of one image, batch 1, with the model's own FLOP counts where it has them."""
+    """Seconds of each part of what the model says of a sample of one image, batch 1."""
     device = model.resampler.latents.device
     prompt = tokenizer.pad_left([sample["prompt"]]).to(device)
-    image = sample["pixels"][None, :1].to(device)
+    image = sample["pixels"][None].to(device)
+    slots = prompt.shape[1] + 1
     patches = model.vision_encoder(image[0])
     media = model.encode_media(image)
-    _, state = model.prefill(prompt, media, 96)
+    _, state = model.prefill(prompt, media, slots)
     length, token = state.cache.length.clone(), prompt[:, -1:]
 
     def decode_one() -> Tensor:
@@ -193,7 +205,7 @@ def time_model(model: MiniFlamingo, tokenizer: WordTokenizer, sample: dict) -> l
     parts = {
         "vision encoder": lambda: model.vision_encoder(image[0]),
         "resampler": lambda: model.resampler(patches),
-        f"prompt of {prompt.shape[1]} words": lambda: model.prefill(prompt, media, 96),
+        f"prompt of {prompt.shape[1]} words": lambda: model.prefill(prompt, media, slots),
         "one more word": decode_one,
         "image to caption": lambda: model.generate(prompt, image),
     }
@@ -204,11 +216,12 @@ def time_model(model: MiniFlamingo, tokenizer: WordTokenizer, sample: dict) -> l
 def held_out_accuracy(model: MiniFlamingo, tokenizer: WordTokenizer, count: int) -> list[dict]:
     """The standard exams with their images, with blank ones and with another prompt's."""
     exams = evaluation.held_out_exams(count)
-    ways = {"images": None, "blank": evaluation.blanked(model), "shuffled": evaluation.shuffled(model)}
+    ways = {"images": lambda exam: exam, "blank": evaluation.blanked, "shuffled": evaluation.shuffled}
     rows = [{"exam": name} for name in exams]
-    for way, encode in tqdm(ways.items(), "held-out accuracy", leave=False):
-        for row, score in zip(rows, evaluation.scores(model, tokenizer, exams, encode).values(), strict=True):
-            row[way] = score
+    for way, changed in tqdm(ways.items(), "held-out accuracy", leave=False):
+        for row, exam in zip(rows, exams.values(), strict=True):
+            exam = changed(exam)
+            row[way] = evaluation.exact_match(evaluation.answers(model, tokenizer, exam), exam)
     return rows
 
 
@@ -227,12 +240,37 @@ def print_model(result: dict) -> None:
     )
 
 
+def require_writable(arguments: argparse.Namespace) -> None:
+    """Makes the folders of --json and --plot. Raises ValueError where nothing can be written there."""
+    if arguments.json and arguments.json.is_dir():
+        raise ValueError(f"--json {arguments.json} is a folder: expected the name of a file")
+    places = {"--json": (arguments.json, arguments.json and arguments.json.parent), "--plot": (arguments.plot,) * 2}
+    for option, (path, folder) in places.items():
+        if path is None:
+            continue
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise ValueError(f"{option} {path} cannot be written: {error.strerror}") from None
+
+
+def recorded(arguments: argparse.Namespace) -> dict:
+    """Every argument as it was given; a path inside the repository from its root, so that no machine shows in it."""
+
+    def plain(value: object) -> object:
+        if not isinstance(value, Path):
+            return value
+        inside = value.is_absolute() and value.resolve().is_relative_to(ROOT)
+        return (value.resolve().relative_to(ROOT) if inside else value).as_posix()
+
+    return {name: plain(value) for name, value in vars(arguments).items()}
+
+
 def run(arguments: argparse.Namespace) -> dict:
     device = choose_device(arguments.device)
-    results: dict = {
-        "environment": environment(device),
-        "arguments": {"quick": arguments.quick, "only": arguments.only},
-    }
+    require_writable(arguments)
+    results: dict = {"environment": environment(device), "arguments": recorded(arguments), "seed": SEED}
     if "resampler" in arguments.only:
         results["resampler"] = demonstrate_resampler(device, arguments.quick)
         print_resampler(results["resampler"])
@@ -259,7 +297,7 @@ def run(arguments: argparse.Namespace) -> dict:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=positive_int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--quick", action="store_true", help="fewer runs and scenes: about 20 s, for a first look")
     names = ("resampler", "gates", "model")
     parser.add_argument("--only", nargs="+", choices=names, default=list(names), help="which demonstrations")

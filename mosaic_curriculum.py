@@ -29,9 +29,8 @@ from cifar_utils import (
 from interleaved_text import IMAGE, UNASKED, Example, WordTokenizer, answer_of, join_examples, tokenize
 from mini_flamingo import MiniFlamingo, MiniFlamingoConfig
 from mini_flamingo_evaluation import Exam, answers, blanked, scores, shuffled
-from shapes_curriculum import Interleaved
 from token_reader import QueryGroup
-from training_loop import Stage, Step
+from training_loop import Interleaved, Stage, Step
 
 GRID = 2
 PLACES = GRID * GRID
@@ -63,6 +62,11 @@ def in_words(labels: tuple[int, ...], rng: random.Random) -> str:
     """The mosaic as text, in random order."""
     parts = mosaic_caption(labels, GRID).split(" ; ")[:-1]
     return " ; ".join([*rng.sample(parts, len(parts)), "."])
+
+
+def _named(caption: str) -> dict[str, str]:
+    """ "a1 cat ; b1 ship ; ." -> {"a1": "cat", "b1": "ship"}"""
+    return dict(part.split(maxsplit=1) for part in caption.split(" ; ") if len(part.split()) == 2)
 
 
 class MosaicCurriculum:
@@ -109,7 +113,7 @@ class MosaicCurriculum:
         """A caption, or questions: a caption would tell their answers."""
         return ["list"] if rng.random() < 0.35 else rng.choices(MOSAIC_KINDS[1:], k=count)
 
-    def interleaved(self, step: Step, size: int) -> Interleaved:
+    def align(self, step: Step, size: int) -> Interleaved:
         """Every second batch has one mosaic a row, every other one four of them."""
         rng = step.rng
         per_row = rng.choice((1, 4))
@@ -126,14 +130,16 @@ class MosaicCurriculum:
         test = load_cifar10(self.root, "test")
         exams = {kind: self.exam(test, kind, count) for kind in MOSAIC_KINDS}
         said = answers(model, self.tokenizer, exams["list"])
-        truth = [answer_of(example) for example in exams["list"].examples]
-        named = sum(len(set(a.split(" ; ")[:PLACES]) & set(b.split(" ; "))) for a, b in zip(truth, said, strict=True))
-        photograph = named / (count * PLACES)
+        named = sum(
+            _named(caption).get(place) == label
+            for caption, example in zip(said, exams["list"].examples, strict=True)
+            for place, label in _named(answer_of(example)).items()
+        )
         return {
             "mosaics": count,
-            "right": {"photograph": photograph} | scores(model, self.tokenizer, exams),
-            "blank": scores(model, self.tokenizer, exams, blanked(model)),
-            "shuffled": scores(model, self.tokenizer, exams, shuffled(model)),
+            "right": {"photograph": named / (count * PLACES)} | scores(model, self.tokenizer, exams),
+            "blank": scores(model, self.tokenizer, {kind: blanked(exam) for kind, exam in exams.items()}),
+            "shuffled": scores(model, self.tokenizer, {kind: shuffled(exam) for kind, exam in exams.items()}),
         }
 
     def exam(self, test: CIFAR10Images, kind: str, count: int) -> Exam:

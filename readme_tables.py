@@ -27,29 +27,34 @@ def accuracy_block(training: dict) -> str:
         {"task": name, "right": right, "blank": report["blank"].get(name), "shuffled": report["shuffled"].get(name)}
         for name, right in report["right"].items()
     ]
+    rows += [{"task": "caption, unseen pairs", "right": report["caption, unseen pairs"]}]
     rows += [
         {"task": f"{name}: sizes, colours and shapes", "right": right} for name, right in report["attributes"].items()
     ]
-    rows += [
-        {"task": f"new word, {n} shots", "right": right} for n, right in report["new word by shots"].items() if n != "8"
-    ]
+    shots = {number: right for number, right in report["new word by shots"].items() if number != "8"}
+    rows += [{"task": f"new word, {number} shots", "right": right} for number, right in shots.items()]
     columns = [
         "task",
         Column("right", "right", format_percent),
         Column("blank", "images blanked", format_percent),
         Column("shuffled", "another row's images", format_percent),
     ]
-    return markdown_table(rows, columns) + f"\n\n{report['scenes']} of each."
+    return markdown_table(rows, columns) + f"\n\n{report['questions of each kind']} of each."
 
 
 def latents_block(training: dict) -> str:
-    rows = []
-    for key in ("caption by latents", "caption by depth"):
-        scores = training["report"][key]
-        names = sorted(scores, key=lambda name: (not name.isdigit(), -int(name.split()[0])))
-        what = "visual tokens" if "latents" in key else "resampler depth"
-        rows += [{"what": what, "value": name, "right": scores[name]} for name in names]
-    return markdown_table(rows, ["what", "value", Column("right", "caption exact match", format_percent)])
+    report = training["report"]
+    at_random = report["caption by random latents"]
+    rows = [
+        {"what": "visual tokens", "kept": int(count), "right": right}
+        for count, right in sorted(report["caption by latents"].items(), key=lambda item: -int(item[0]))
+    ]
+    rows.append({"what": "visual tokens chosen at random", "kept": 32, "right": sum(at_random) / len(at_random)})
+    rows += [
+        {"what": "resampler layers", "kept": int(depth), "right": right}
+        for depth, right in sorted(report["caption by depth"].items(), reverse=True)
+    ]
+    return markdown_table(rows, ["what", "kept", Column("right", "caption exact match", format_percent)])
 
 
 def resampler_block(exploration: dict) -> str:
@@ -59,7 +64,8 @@ def resampler_block(exploration: dict) -> str:
         Column("of_ceiling", "of matmul ceiling", format_percent), Column("speedup", "speedup", format_ratio),
     ]  # fmt: skip
     environment = exploration["environment"]
-    where = f"{environment['threads']} threads of {environment['cpu']}, torch {environment['torch']}, float32."
+    threads = f"{environment['threads']} threads of {environment['cpu']}"
+    where = f"{_accelerator(environment)}{threads}, torch {environment['torch']}, float32."
     return markdown_table(exploration["resampler"]["rows"], columns) + f"\n\n{where}"
 
 
@@ -67,26 +73,53 @@ def training_block(training: dict) -> str:
     rows = [{"stage": name, **stage} for name, stage in training["stages"].items()]
     rows.append({"stage": "together", "seconds": sum(stage["seconds"] for stage in training["stages"].values())})
     environment = training["environment"]
-    where = f"On {environment['cpu']}, torch {environment['torch']}, {training['settings']['precision']}."
+    machine = f"{_accelerator(environment)}{environment['cpu']}"
+    where = f"On {machine}, torch {environment['torch']}, {training['settings']['precision']}."
     return markdown_table(rows, ["stage", "steps", Column("seconds", "time", format_seconds)]) + f"\n\n{where}"
 
 
+def _accelerator(environment: dict) -> str:
+    """The device's name and a comma, or nothing where the CPU did the work: that is named anyway."""
+    return "" if environment["device"] == "cpu" else f"{environment['device']}, "
+
+
+SOURCES = {
+    "data/mini_flamingo/training.json": (
+        "python train_mini_flamingo.py",
+        {"accuracy": accuracy_block, "latents": latents_block, "training": training_block},
+    ),
+    "results/exploration.json": (
+        "python flamingo_paper_exploration.py --json results/exploration.json",
+        {"resampler": resampler_block},
+    ),
+}
+
+
 def blocks() -> dict[str, str]:
-    """The README's generated blocks by name."""
-    training = read_json(ROOT / "data/mini_flamingo/training.json")
-    exploration = read_json(ROOT / "results/exploration.json")
-    return {
-        "accuracy": accuracy_block(training),
-        "latents": latents_block(training),
-        "resampler": resampler_block(exploration),
-        "training": training_block(training),
-    }
+    """The README's generated blocks by name. Raises ValueError for a missing or damaged JSON, or one of another
+    version."""
+    made = {}
+    for place, (command, makers) in SOURCES.items():
+        if not (ROOT / place).exists():
+            raise ValueError(f"{place} is missing: make it with {command}")
+        results = read_json(ROOT / place)
+        try:
+            made |= {name: make(results) for name, make in makers.items()}
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"{place} does not hold what the tables show ({reason}): make it with {command}"
+            ) from error
+    return made
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args(argv)
-    changed = update_readme(ROOT / "README.md", blocks())
+    try:
+        changed = update_readme(ROOT / "README.md", blocks())
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
     print(f"rewritten: {', '.join(changed)}" if changed else "the README is up to date")
 
 

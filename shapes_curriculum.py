@@ -2,14 +2,12 @@
 
     pictures     scenes and the labels that can be read off them (vision, warmup)
     texts        scenes written out in words, questions about them, episodes (language)
-    interleaved  images and text: captions, questions, several images, few-shot episodes (align)
-    few_shot     the same with the emphasis on new words and counting (few_shot)
+    mixture      images and text: captions, questions, several images, few-shot episodes (align and what follows it)
 
 Legend: B batch, M images per sequence, T text tokens, Q queries.
 """
 
 import random
-from dataclasses import dataclass
 from itertools import product
 from typing import ClassVar
 
@@ -24,25 +22,13 @@ from mini_flamingo import MiniFlamingo, preset
 from mini_flamingo_evaluation import full_report
 from shapes_world import COLOURS, MAX_OBJECTS, PLACES, SHAPES, SIZES, Scene
 from token_reader import QueryGroup
-from training_loop import Stage, Step
+from training_loop import Interleaved, Stage, Step
 
 TEXT_LENGTH = 128  # words of a text-only or interleaved example
 CHUNK_LENGTH = 64  # words about one image, or of a few-shot episode
 PAIRS = tuple(product(range(len(COLOURS)), range(len(SHAPES))))
 QUESTION_WEIGHTS = {"what is at": 0.2, "where is": 0.25, "how many": 0.2, "how many of": 0.2, "is there": 0.15}
 COUNTING_WEIGHTS = {"what is at": 0.05, "where is": 0.05, "how many": 0.3, "how many of": 0.45, "is there": 0.15}
-
-
-@dataclass(frozen=True)
-class Interleaved:
-    """input_ids and labels int64[B, T], images uint8[B, M, 3, h, w], is_real bool[B * M] (false where a row has fewer
-    than M images), and the labels that can be read off the real ones, int64[is_real.sum(), Q] by name."""
-
-    input_ids: Tensor
-    labels: Tensor
-    images: Tensor
-    is_real: Tensor
-    targets: dict[str, Tensor]
 
 
 def scene_targets(scenes: list[Scene]) -> dict[str, Tensor]:
@@ -93,6 +79,10 @@ def single_image_example(rng: random.Random, weights: dict[str, float] = QUESTIO
     return texts.caption_example(world.sample_scene(rng, max_objects=MAX_OBJECTS if kind == "list" else 8), kind)
 
 
+def counting_example(rng: random.Random) -> Example:
+    return texts.question_example(world.sample_scene(rng), questions(rng, 7, COUNTING_WEIGHTS), rng)
+
+
 def bridged_word_example(rng: random.Random) -> Example:
     """An episode that defines new words, in half of the cases with its first shots in words instead of images: matching
     an image to a text is learned first, and is the way to matching an image to an image."""
@@ -128,6 +118,8 @@ class ShapesCurriculum:
         "warmup": Stage(steps=800, learning_rate=1.5e-3, batch_size=64),
         "align": Stage(steps=1600, learning_rate=1.5e-3, batch_size=64),
         "few_shot": Stage(steps=1200, learning_rate=1.2e-3, batch_size=64),
+        "counting": Stage(steps=800, learning_rate=1.2e-3, batch_size=64),
+        "everything": Stage(steps=600, learning_rate=1e-3, batch_size=64),
     }
 
     def __init__(self):
@@ -142,29 +134,37 @@ class ShapesCurriculum:
         """input_ids and labels int64[B, T]."""
         return tokenize([text_example(step.rng) for _ in range(size)], self.tokenizer, TEXT_LENGTH)
 
-    def interleaved(self, step: Step, size: int) -> Interleaved:
-        """Captions, questions and episodes. A batch is of one kind, so that few shapes occur; `size` is about the
-        number of images in it."""
-        rng = step.rng
-        kind = rng.choices(("single", "several", "word", "task"), (0.6, 0.15, 0.2, 0.05))[0]
-        if kind == "single":
-            return self.collate(step, [single_image_example(rng) for _ in range(size)], CHUNK_LENGTH)
-        if kind == "several":
-            return self.collate(step, [several_images_example(rng) for _ in range(size // 4)], TEXT_LENGTH)
-        make = texts.word_example if kind == "word" else texts.task_example
-        return self.collate(step, [make(rng, shots=8) for _ in range(size // 6)], CHUNK_LENGTH)
+    def align(self, step: Step, size: int) -> Interleaved:
+        """Captions, questions and episodes."""
+        return self.mixture(step, size, {"single": 0.6, "several": 0.15, "word": 0.2, "task": 0.05})
 
     def few_shot(self, step: Step, size: int) -> Interleaved:
-        """What is learned last: new words from shots, and counting; with a little of everything else."""
+        """New words from shots, with a little of everything else."""
+        kinds = {"bridged word": 0.45, "single, counting": 0.45, "several": 0.05, "task": 0.05}
+        return self.mixture(step, size, kinds)
+
+    def counting(self, step: Step, size: int) -> Interleaved:
+        """Counting above all: reading how many off the visual tokens takes the most practice."""
+        return self.mixture(step, size, {"counting": 0.75, "single": 0.1, "bridged word": 0.15})
+
+    def everything(self, step: Step, size: int) -> Interleaved:
+        """All of it together, so that what was learned last does not displace what was learned first."""
+        kinds = {"single, counting": 0.45, "counting": 0.25, "bridged word": 0.15, "several": 0.1, "task": 0.05}
+        return self.mixture(step, size, kinds)
+
+    def mixture(self, step: Step, size: int, kinds: dict[str, float]) -> Interleaved:
+        """A batch of one kind, drawn by its weight, so that few shapes occur; `size` is about the images in it."""
         rng = step.rng
-        kind = rng.choices(("word", "single", "several", "task"), (0.45, 0.45, 0.05, 0.05))[0]
-        if kind == "word":
-            return self.collate(step, [bridged_word_example(rng) for _ in range(size // 6)], CHUNK_LENGTH)
-        if kind == "single":
-            return self.collate(step, [single_image_example(rng, COUNTING_WEIGHTS) for _ in range(size)], CHUNK_LENGTH)
-        if kind == "several":
-            return self.collate(step, [several_images_example(rng) for _ in range(size // 4)], TEXT_LENGTH)
-        return self.collate(step, [texts.task_example(rng, shots=8) for _ in range(size // 6)], CHUNK_LENGTH)
+        rows, length, make = {
+            "single": (size, CHUNK_LENGTH, lambda: single_image_example(rng)),
+            "single, counting": (size, CHUNK_LENGTH, lambda: single_image_example(rng, COUNTING_WEIGHTS)),
+            "counting": (size, CHUNK_LENGTH, lambda: counting_example(rng)),
+            "several": (size // 4, TEXT_LENGTH, lambda: several_images_example(rng)),
+            "word": (size // 6, CHUNK_LENGTH, lambda: texts.word_example(rng, shots=8)),
+            "bridged word": (size // 6, CHUNK_LENGTH, lambda: bridged_word_example(rng)),
+            "task": (size // 6, CHUNK_LENGTH, lambda: texts.task_example(rng, shots=8)),
+        }[rng.choices(list(kinds), list(kinds.values()))[0]]
+        return self.collate(step, [make() for _ in range(rows)], length)
 
     def collate(self, step: Step, examples: list[Example], length: int) -> Interleaved:
         batch = texts.collate(examples, self.tokenizer, step.generator, length)

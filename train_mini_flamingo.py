@@ -1,10 +1,12 @@
-"""Trains a Mini Flamingo: the paper's recipe in miniature, in five stages.
+"""Trains a Mini Flamingo: the paper's recipe in miniature, in stages.
 
     vision    the vision encoder, from a label for every patch
     language  the language model, on text alone: scenes written out in words, questions about them, episodes
     warmup    vision frozen; the resampler, read by a small decoder (token_reader.py says why this decides everything)
     align     vision and language frozen; the resampler and the gated blocks, on interleaved images and text
-    few_shot  the same, with the emphasis on what comes last: new words from a few examples, and counting
+    few_shot  the same, with the emphasis on new words from a few examples
+    counting  with the emphasis on how many there are of what
+    everything  all of it together, so that the last lesson does not displace the first
 
 (Alayrac et al. 2022, section 2 and appendix B.1.) The number of visual tokens and the resampler's depth are drawn anew
 each step from the warm-up on, so one checkpoint works at any of them. At the end the model is tested on held-out
@@ -23,15 +25,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarking import choose_device, environment
+from benchmarking import choose_device, environment, positive_int
 from interleaved_text import UNASKED
 from mini_flamingo import MiniFlamingo
 from mini_flamingo_checkpoint import SHIPPED, save_mini_flamingo, save_weights
-from mosaic_curriculum import MosaicCurriculum
+from mosaic_curriculum import GRID, MosaicCurriculum
 from reporting import Column, format_percent, table, write_json
-from shapes_curriculum import Interleaved, ShapesCurriculum
+from shapes_curriculum import ShapesCurriculum
 from token_reader import TokenReader, reading_accuracy, reading_loss
-from training_loop import Step, train_stage
+from training_loop import Interleaved, OtherRunError, Step, train_stage
 
 LATENT_COUNTS, LATENT_WEIGHTS = (4, 8, 16, 32, 64), (0.1, 0.12, 0.18, 0.25, 0.35)
 DEPTHS, DEPTH_WEIGHTS = (1, 2, 3, 4), (0.15, 0.2, 0.25, 0.4)
@@ -56,7 +58,7 @@ class PatchLabels(nn.Module):
 class Trainer:
     """The parts of the model and, per stage, which of them learn and from what loss."""
 
-    def __init__(self, curriculum: ShapesCurriculum, seed: int, device: torch.device):
+    def __init__(self, curriculum: ShapesCurriculum | MosaicCurriculum, seed: int, device: torch.device):
         torch.manual_seed(seed)
         self.curriculum, self.device = curriculum, device
         config = curriculum.config
@@ -71,20 +73,25 @@ class Trainer:
             "vision": [model.vision_encoder, self.patch_labels],
             "language": [model.language_model],
             "warmup": [model.resampler, self.reader],
-            "align": [model.resampler, self.reader, model.gated_layers],
-            "few_shot": [model.resampler, self.reader, model.gated_layers],
-        }[stage]
+        }.get(stage, [model.resampler, self.reader, model.gated_layers])
 
     def parameter_groups(self, stage: str) -> list[dict]:
         """Beside the gated blocks the warmed-up parts learn at 0.3 of the rate; the gates, which start at 0, at 5 times
         it."""
         groups = []
         for module in self.parts(stage):
-            slow = 0.3 if stage in ("align", "few_shot") and module is not self.model.gated_layers else 1.0
+            factor = 0.3 if stage != "warmup" and module in (self.model.resampler, self.reader) else 1.0
             for name, parameter in module.named_parameters():
-                rate = self.curriculum.stages[stage].learning_rate * (5.0 if name.endswith("gate") else slow)
+                rate = self.curriculum.stages[stage].learning_rate * (5.0 if name.endswith("gate") else factor)
                 groups.append({"params": [parameter], "lr": rate, "weight_decay": 0.05 if parameter.dim() > 1 else 0.0})
         return groups
+
+    def loss(self, stage: str, step: Step) -> tuple[Tensor, dict[str, float]]:
+        """A stage's loss at one step, and what its progress bar shows."""
+        size = self.curriculum.stages[stage].batch_size
+        if stage in ("vision", "language", "warmup"):
+            return getattr(self, stage)(step, size)
+        return self.align(getattr(self.curriculum, stage)(step, size), step)
 
     def elastic(self, step: Step) -> dict[str, int]:
         """A random number of visual tokens and resampler depth."""
@@ -112,13 +119,7 @@ class Trainer:
         logits = self.reader(self.model.encode_media(images[:, None], **self.elastic(step))[:, 0])
         return reading_loss(logits, targets), reading_accuracy(logits, targets)
 
-    def align(self, step: Step, size: int) -> tuple[Tensor, dict[str, float]]:
-        return self.answering_loss(self.curriculum.interleaved(step, size), step)
-
-    def few_shot(self, step: Step, size: int) -> tuple[Tensor, dict[str, float]]:
-        return self.answering_loss(self.curriculum.few_shot(step, size), step)
-
-    def answering_loss(self, batch: Interleaved, step: Step) -> tuple[Tensor, dict[str, float]]:
+    def align(self, batch: Interleaved, step: Step) -> tuple[Tensor, dict[str, float]]:
         """The language model's loss, with the warm-up's kept at 0.3 so that the latents stay readable."""
         labels = batch.labels.to(self.device)
         media = self.model.encode_media(batch.images.to(self.device), **self.elastic(step))
@@ -145,9 +146,8 @@ def train(trainer: Trainer, work: Path, seed: int, bf16: bool) -> dict[str, dict
     """Runs the stages, each from where `work` left it, and returns their steps and seconds."""
     record = {}
     for name, stage in trainer.curriculum.stages.items():
-        loss_of = partial(getattr(trainer, name), size=stage.batch_size)
         parts, groups = trainer.parts(name), trainer.parameter_groups(name)
-        seconds = train_stage(name, stage, parts, groups, loss_of, work, seed, bf16)
+        seconds = train_stage(name, stage, parts, groups, partial(trainer.loss, name), work, seed, bf16)
         record[name] = {"steps": stage.steps, "seconds": round(seconds, 1)}
     return record
 
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="where the trained model goes (default: data/mini_flamingo...)")
     parser.add_argument("--work", type=Path, help="where a run keeps its progress (default: runs/...)")
     parser.add_argument("--seed", type=int, default=0, help="decides every batch and every initial weight")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=positive_int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--device", help="cpu, cuda ... (default: a GPU where there is one)")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of the matrix products")
     arguments = parser.parse_args(argv)
@@ -173,9 +173,12 @@ def main(argv: list[str] | None = None) -> None:
     try:
         device = choose_device(arguments.device)
         curriculum = ShapesCurriculum() if arguments.data == "shapes" else MosaicCurriculum(arguments.cifar_root)
-        trainer = Trainer(curriculum, arguments.seed, device)
-        record = train(trainer, work, arguments.seed, arguments.precision == "bf16")
     except ValueError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    trainer = Trainer(curriculum, arguments.seed, device)
+    try:
+        record = train(trainer, work, arguments.seed, arguments.precision == "bf16")
+    except OtherRunError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     finish(trainer, record, out, arguments)
 
@@ -184,6 +187,8 @@ def finish(trainer: Trainer, record: dict, out: Path, arguments: argparse.Namesp
     """Saves the trained model, tests it on held-out data and records both."""
     save_mini_flamingo(out, trainer.model, trainer.curriculum.vocabulary)
     save_weights(out / "token_reader.safetensors", trainer.reader)
+    if arguments.data == "cifar10":  # for CIFAR10VisionEncoder
+        save_weights(out / f"encoder-grid{GRID}.safetensors", trainer.model.vision_encoder)
     report = trainer.curriculum.report(trainer.model.eval())
     settings = {"seed": arguments.seed, "precision": arguments.precision, "data": arguments.data}
     training = {"settings": settings, "environment": environment(trainer.device), "stages": record, "report": report}

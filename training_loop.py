@@ -9,7 +9,7 @@ import random
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -50,6 +50,22 @@ class Step:
         return Step(random.Random(number), torch.Generator().manual_seed(number))
 
 
+@dataclass(frozen=True)
+class Interleaved:
+    """input_ids and labels int64[B, T], images uint8[B, M, 3, h, w], is_real bool[B * M] (false where a row has fewer
+    than M images), and the labels that can be read off the real ones, int64[is_real.sum(), Q] by name."""
+
+    input_ids: Tensor
+    labels: Tensor
+    images: Tensor
+    is_real: Tensor
+    targets: dict[str, Tensor]
+
+
+class OtherRunError(ValueError):
+    """The progress found on disk was made with another seed, precision or stage: going on would mix the two."""
+
+
 LossOf = Callable[[Step], tuple[Tensor, Mapping[str, float]]]  # the loss, and what the progress bar shows beside it
 
 
@@ -66,19 +82,21 @@ def train_stage(
     """Trains `parts` (and freezes them again), or goes on where {work}/{name}.pt stands. Returns the seconds spent in
     all.
 
-    groups: AdamW's parameter groups, each with its "lr". bf16: bfloat16 matrix products by autocast.
+    groups: AdamW's parameter groups, each with its "lr". bf16: bfloat16 matrix products by autocast. Raises
+    OtherRunError where the file is of another seed, precision or stage.
     """
     modules = nn.ModuleList(parts).requires_grad_(True).train()
     device = next(modules.parameters()).device
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
-    path = work / f"{name}.pt"
+    path, run = work / f"{name}.pt", {"seed": seed, "bf16": bf16, **asdict(stage)}
     first, seconds = 0, 0.0
     if path.exists():
         saved = torch.load(path, map_location=device, weights_only=True)
-        if saved["seed"] != seed:
-            other = f"{path} holds a run with seed {saved['seed']}, not {seed}"
-            raise ValueError(f"{other}: remove it or name another --work")
+        if saved["run"] != run:
+            raise OtherRunError(
+                f"{path} is of another run, {saved['run']} and not {run}: remove it or name another --work"
+            )
         modules.load_state_dict(saved["modules"])
         optimizer.load_state_dict(saved["optimizer"])
         first, seconds = saved["step"], saved["seconds"]
@@ -102,7 +120,7 @@ def train_stage(
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == stage.steps:
             seconds = time.perf_counter() - started
             state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict()}
-            save_atomically({**state, "step": step + 1, "seconds": seconds, "seed": seed}, path)
+            save_atomically({**state, "step": step + 1, "seconds": seconds, "run": run}, path)
     modules.requires_grad_(False).eval()
     return seconds
 

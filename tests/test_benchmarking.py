@@ -1,5 +1,6 @@
 """Laws of benchmarking.py. Clocks are faked where the law is about bookkeeping, so that no test depends on load."""
 
+import argparse
 import platform
 import shutil
 import statistics
@@ -70,6 +71,20 @@ def test_a_device_that_is_not_there_is_one_sentence(name):
 def test_a_gpu_that_is_not_there_is_one_sentence():
     with pytest.raises(ValueError, match="--device cuda cannot be used here"):
         choose_device("cuda")
+
+
+@pytest.mark.parametrize(("text", "number"), [("1", 1), ("12", 12), (" 3 ", 3)])
+def test_a_positive_int_is_read(text, number):
+    assert benchmarking.positive_int(text) == number
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "2e3", "", "many", "nan", "1 2"])
+def test_what_is_no_positive_int_is_one_sentence_of_argparse(text, capsys):
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--threads", type=benchmarking.positive_int)
+    with pytest.raises(argparse.ArgumentError) as error:
+        parser.parse_args([f"--threads={text}"])
+    assert str(error.value) == f"argument --threads: expected a whole number, 1 or more; got {text!r}"
 
 
 def test_percentiles_are_those_of_the_timed_runs(clock):

@@ -87,9 +87,8 @@ def test_all_three_demonstrations_are_printed(whole_run):
 
 def test_the_json_is_complete(whole_run):
     results = whole_run[2]
-    assert results.keys() == {"environment", "arguments", "resampler", "gates", "model"}
+    assert results.keys() == {"environment", "arguments", "seed", "resampler", "gates", "model"}
     assert {"device", "torch", "commit", "threads", "cpu"} <= results["environment"].keys()
-    assert results["arguments"]["quick"] is True
     assert results["model"].keys() == {"parameters", "times", "samples", "accuracy"}
     for sample, listed in zip(results["model"]["samples"], read_json(FOLDER / "samples.json"), strict=True):
         assert {key: sample[key] for key in listed} == listed
@@ -101,6 +100,48 @@ def test_the_json_is_complete(whole_run):
     total = results["model"]["parameters"][-1]
     assert total["part"] == "total" and total["total"] == total["frozen"] + total["trained"]
     assert total["total"] == sum(p.numel() for p in talkative_flamingo().parameters())
+
+
+def test_the_json_holds_every_argument(whole_run, model_folder):
+    """Defaults from the repository's root, what was given as it was given."""
+    plots, arguments = whole_run[1], whole_run[2]["arguments"]
+    assert arguments == {
+        "device": "cpu",
+        "threads": None,
+        "quick": True,
+        "only": ["resampler", "gates", "model"],
+        "model": str(model_folder),
+        "images": "data/flamingo_test_images",
+        "json": str(plots.parent / "results.json"),
+        "plot": str(plots),
+    }
+
+
+def test_no_path_of_this_machine_gets_into_the_json(quick, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["--quick", "--device", "cpu", "--only", "resampler", "--json", "new/results.json"])
+    results = read_json(tmp_path / "new" / "results.json")
+    assert results["arguments"]["model"] == "data/mini_flamingo"
+    assert results["arguments"]["json"] == "new/results.json" and results["arguments"]["plot"] is None
+    text = json.dumps(results)
+    for private in (exploration.ROOT, tmp_path):
+        assert str(private) not in text
+
+
+def test_the_first_demonstration_is_the_same_each_run(quick, monkeypatch):
+    """The same random layers read the same features, whatever was drawn before."""
+    outputs, time = [], exploration.compare
+
+    def listen(functions, **settings):
+        outputs.append([fn() for fn in functions.values()])
+        return time(functions, **settings)
+
+    monkeypatch.setattr(exploration, "compare", listen)
+    for draws in (0, 5):
+        torch.rand(draws)
+        exploration.demonstrate_resampler(torch.device("cpu"), quick=True)
+    for one, other in zip(*outputs, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_the_resampler_s_work_is_stated_as_it_is(whole_run):
@@ -242,23 +283,23 @@ def test_latents_look_where_their_attention_lies():
     assert (maps.sum((1, 2)) < 1).all()
 
 
-@torch.no_grad()
 def test_the_controls_are_those_they_are_called(quick, monkeypatch):
-    def listen(model, tokenizer, exam, encode=None):
-        own = model.encode_media(exam.images)
-        media = own if encode is None else encode(exam.images)
-        heard.append(
-            "images" if torch.equal(media, own)
-            else "blank" if torch.allclose(media[0], media[1])
-            else "shuffled" if torch.allclose(media.sum(0), own.sum(0), atol=1e-4)
+    """Every exam is sat with its own images, with grey ones and with those of the prompt before."""
+    own = {str(exam.examples): exam.images for exam in evaluation.held_out_exams(3).values()}
+
+    def listen(model, tokenizer, exam):
+        images = own[str(exam.examples)]
+        return (
+            "images" if torch.equal(exam.images, images)
+            else "blank" if (exam.images == exam.images.flatten()[0]).all()
+            else "shuffled" if torch.equal(exam.images, torch.cat((images[-1:], images[:-1])))
             else "?"
         )  # fmt: skip
-        return [f"{example.text} {heard[-1]}" for example in exam.examples]
 
-    heard = []
     monkeypatch.setattr(evaluation, "answers", listen)
-    monkeypatch.setattr(evaluation, "exact_match", lambda said, exam: said[0].split()[-1])
+    monkeypatch.setattr(evaluation, "exact_match", lambda said, exam: said)
     rows = exploration.held_out_accuracy(talkative_flamingo(), WordTokenizer(VOCABULARY), 3)
+    assert len(rows) == len(own)
     assert all(row[way] == way for row in rows for way in ("images", "blank", "shuffled"))
 
 
@@ -282,6 +323,25 @@ def test_samples_are_answered_from_their_own_images(quick):
         ids = model.generate(tokenizer.pad_left([sample["prompt"]]), sample["pixels"][None])[0]
         words = [tokenizer.words[i] for i in ids if i not in (tokenizer.eoc_id, tokenizer.pad_id)]
         assert shown["said"] == " ".join(words)
+
+
+def test_times_are_of_the_first_sample_with_one_image(quick, monkeypatch):
+    heard = []
+    monkeypatch.setattr(exploration, "time_model", lambda model, tokenizer, sample: heard.append(sample))
+    monkeypatch.setattr(exploration, "held_out_accuracy", lambda *_: [])
+    samples = load_samples(FOLDER, 80)
+    assert len(samples[-1]["images"]) == 5
+    order = [samples[-1], samples[4], samples[0]]
+    exploration.demonstrate_model(talkative_flamingo(), WordTokenizer(VOCABULARY), order, quick=True)
+    assert len(heard) == 1 and heard[0] is samples[4]
+
+
+@pytest.mark.parametrize("words", [1, 95, 96, 300])
+def test_a_prompt_of_any_length_is_timed(quick, words):
+    sample = load_samples(FOLDER, 80)[0] | {"prompt": " ".join([IMAGE, *["list"] * (words - 1)])}
+    rows = exploration.time_model(talkative_flamingo(), WordTokenizer(VOCABULARY), sample)
+    assert [row["part"] for row in rows][2] == f"prompt of {words} words"
+    assert all(row["seconds"] > 0 and row["runs"] for row in rows)
 
 
 # ---------------------------------------------------------------------------------------------------- errors
@@ -336,6 +396,35 @@ def test_a_prompt_that_does_not_fit_is_one_sentence(quick, capsys, model_folder,
     (images / "samples.json").write_text(json.dumps([entry]))
     arguments = ["--device", "cpu", "--only", "model", "--model", str(model_folder), "--images", str(images)]
     assert message in refused(capsys, *arguments)
+
+
+def test_samples_without_a_single_image_are_one_sentence(quick, capsys, model_folder, tmp_path):
+    images = shutil.copytree(FOLDER, tmp_path / "images")
+    several = [sample for sample in read_json(images / "samples.json") if len(sample["images"]) > 1]
+    (images / "samples.json").write_text(json.dumps(several))
+    arguments = ["--device", "cpu", "--only", "model", "--model", str(model_folder), "--images", str(images)]
+    assert "no sample has exactly one image" in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("option", "place"),
+    [
+        ("--json", "a-file/results.json"), ("--json", "a-folder"), ("--json", "/proc/nowhere/results.json"),
+        ("--plot", "a-file"), ("--plot", "a-file/plots"), ("--plot", "/proc/nowhere"),
+    ],
+)  # fmt: skip
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(capsys, monkeypatch, tmp_path, option, place):
+    (tmp_path / "a-file").write_text("")
+    (tmp_path / "a-folder").mkdir()
+    monkeypatch.setattr(exploration, "demonstrate_resampler", lambda *_: pytest.fail("the work had begun"))
+    line = refused(capsys, "--device", "cpu", option, str(tmp_path / place))
+    assert f"{option} {tmp_path / place} " in line
+
+
+@pytest.mark.parametrize("threads", ["0", "-2", "1.5", "all"])
+def test_a_number_of_threads_that_is_none_is_refused(capsys, threads):
+    line = refused(capsys, f"--threads={threads}")
+    assert f"argument --threads: expected a whole number, 1 or more; got '{threads}'" in line
 
 
 def test_an_unknown_demonstration_is_refused(capsys):

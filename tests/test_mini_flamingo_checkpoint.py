@@ -2,13 +2,14 @@
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import mini_flamingo_checkpoint as checkpoint
 from mini_flamingo_checkpoint import load_mini_flamingo, load_tokenizer, load_weights, save_mini_flamingo, save_weights
 from tiny_flamingo import TINY, random_images, tiny_flamingo
 
@@ -27,11 +28,20 @@ def saved(tmp_path):
     return model, tmp_path
 
 
+def read_metadata(folder):
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return file.metadata()
+
+
+def write_metadata(folder, metadata):
+    """The same weights under other metadata."""
+    path = folder / "model.safetensors"
+    save_file(load_file(path), path, metadata)
+
+
 def change_config(folder, **changes):
-    path = folder / "config.json"
-    content = json.loads(path.read_text())
-    content["config"] |= changes
-    path.write_text(json.dumps(content))
+    metadata = read_metadata(folder)
+    write_metadata(folder, metadata | {"config": json.dumps(json.loads(metadata["config"]) | changes)})
 
 
 def test_what_is_saved_is_loaded_bit_for_bit(tmp_path):
@@ -44,7 +54,35 @@ def test_what_is_saved_is_loaded_bit_for_bit(tmp_path):
     assert load_tokenizer(folder).words == VOCABULARY
     ids, images = torch.tensor([[1, 5, 6]]), random_images(1, 1)
     assert torch.equal(loaded(ids, images), model(ids, images))
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert [path.name for path in folder.iterdir()] == ["model.safetensors"], "one file is the whole model"
+
+
+def test_config_and_vocabulary_are_json_in_the_metadata(saved):
+    model, folder = saved
+    metadata = read_metadata(folder)
+    assert {key: json.loads(text) for key, text in metadata.items()} == {
+        "config": asdict(model.config),
+        "vocabulary": list(VOCABULARY),
+    }
+
+
+def test_words_of_any_script_are_kept(tmp_path):
+    words = ("<pad>", "<image>", "<|endofchunk|>", "grün", "赤", 'a"b\\c', "\u2028", "🦩")
+    save_mini_flamingo(tmp_path, tiny_flamingo(vocabulary_size=len(words)), words)
+    assert load_tokenizer(tmp_path).words == words
+
+
+def test_equal_models_make_equal_files(saved):
+    """Byte for byte, though safetensors itself writes metadata in a random order; and others read what we write."""
+    model, folder = saved
+    path = folder / "model.safetensors"
+    contents = set()
+    for _ in range(12):
+        save_mini_flamingo(folder, model, VOCABULARY)
+        contents.add(path.read_bytes())
+    assert len(contents) == 1
+    tensors = load_file(path)
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_a_loaded_model_is_frozen_where_the_paper_freezes_it(saved):
@@ -77,56 +115,56 @@ class Killed(BaseException):
     """Like KeyboardInterrupt: no `except Exception` may catch it."""
 
 
-@pytest.mark.parametrize("moves", [0, 1])
-def test_a_kill_while_moving_files_leaves_the_old_checkpoint(saved, monkeypatch, moves):
+def killed_replace(source, target):
+    raise Killed
+
+
+def killed_write(path, content):
+    with open(path, "wb") as file:
+        file.write(content[: len(content) // 2])
+    raise Killed
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "killed"), [(os, "replace", killed_replace), (Path, "write_bytes", killed_write)]
+)
+def test_a_kill_while_saving_leaves_the_old_model_with_its_own_words(saved, monkeypatch, owner, name, killed):
+    """Whether it comes while the file is written or just before it is moved into its place."""
     old, folder = saved
     torch.manual_seed(1)
-    done, move = [], os.replace
-
-    def killed(source, target):
-        if len(done) == moves:
-            raise Killed
-        done.append(target)
-        move(source, target)
-
-    monkeypatch.setattr(os, "replace", killed)
-    with pytest.raises(Killed):
-        save_mini_flamingo(folder, tiny_flamingo(), VOCABULARY)
-    monkeypatch.undo()
-    assert same_weights(load_mini_flamingo(folder), old)
-    assert load_tokenizer(folder).words == VOCABULARY
-    again = tiny_flamingo()
-    save_mini_flamingo(folder, again, VOCABULARY)
-    assert same_weights(load_mini_flamingo(folder), again), "what the kill left behind is in nobody's way"
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
-
-
-def test_a_kill_while_writing_weights_leaves_the_old_checkpoint(saved, monkeypatch):
-    old, folder = saved
-
-    def killed(tensors, path):
-        path.write_bytes(b"half a file")
-        raise Killed
-
-    monkeypatch.setattr(checkpoint, "save_file", killed)
-    torch.manual_seed(1)
-    with pytest.raises(Killed):
-        save_mini_flamingo(folder, tiny_flamingo(), VOCABULARY)
-    assert same_weights(load_mini_flamingo(folder), old)
-
-
-def test_a_kill_between_a_new_config_and_its_weights_is_noticed(saved, monkeypatch):
-    """They are moved one after the other; what lies there in between is refused and not taken for a model."""
-    _, folder = saved
-
-    def killed(path, module):
-        raise Killed
-
+    other = tiny_flamingo(dim=24)
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(checkpoint, "save_weights", killed)
-        save_mini_flamingo(folder, tiny_flamingo(dim=24), VOCABULARY)
-    with pytest.raises(ValueError, match="holds the weights of another model"):
-        load_mini_flamingo(folder)
+        patched.setattr(owner, name, killed)
+        save_mini_flamingo(folder, other, VOCABULARY[::-1])
+    loaded = load_mini_flamingo(folder)
+    assert same_weights(loaded, old) and loaded.config == old.config
+    assert load_tokenizer(folder).words == VOCABULARY
+    save_mini_flamingo(folder, other, VOCABULARY[::-1])
+    assert same_weights(load_mini_flamingo(folder), other), "what the kill left behind is in nobody's way"
+    assert load_tokenizer(folder).words == VOCABULARY[::-1]
+    assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "killed"), [(os, "replace", killed_replace), (Path, "write_bytes", killed_write)]
+)
+def test_a_kill_in_the_first_save_leaves_no_model(tmp_path, monkeypatch, owner, name, killed):
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(owner, name, killed)
+        save_mini_flamingo(tmp_path, tiny_flamingo(), VOCABULARY)
+    for load in (load_mini_flamingo, load_tokenizer):
+        with pytest.raises(ValueError, match="no trained Mini Flamingo"):
+            load(tmp_path)
+
+
+def test_weights_of_a_module_are_replaced_whole_too(tmp_path, monkeypatch):
+    path, old, other = tmp_path / "linear.safetensors", torch.nn.Linear(3, 4), torch.nn.Linear(3, 4)
+    save_weights(path, old)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(os, "replace", killed_replace)
+        save_weights(path, other)
+    load_weights(path, other)
+    assert same_weights(other, old)
 
 
 # ---------------------------------------------------------------------------------------------------- errors
@@ -139,33 +177,62 @@ def test_a_folder_without_a_checkpoint_says_what_to_do(tmp_path):
                 load(folder)
 
 
-def test_missing_weights_are_named(saved):
-    (saved[1] / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"model\.safetensors is missing: train it with python"):
-        load_mini_flamingo(saved[1])
+def test_missing_weights_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"linear\.safetensors is missing: train it with python"):
+        load_weights(tmp_path / "linear.safetensors", torch.nn.Linear(3, 4))
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'{"config": ', b"not json at all", b"\xff\xfe\x00"])
-def test_a_damaged_config_is_named(saved, content):
-    (saved[1] / "config.json").write_bytes(content)
+@pytest.mark.parametrize("left", [None, (), ("config",), ("vocabulary",)])
+def test_weights_that_are_no_mini_flamingo_are_named(saved, left):
+    """Safetensors without metadata, or with another program's."""
+    _, folder = saved
+    metadata = read_metadata(folder)
+    write_metadata(folder, None if left is None else {"format": "pt", **{key: metadata[key] for key in left}})
     for load in (load_mini_flamingo, load_tokenizer):
-        with pytest.raises(ValueError, match=r"config\.json is damaged"):
-            load(saved[1])
+        with pytest.raises(ValueError, match=r"model\.safetensors is no Mini Flamingo of this version: its metadata"):
+            load(folder)
+
+
+@pytest.mark.parametrize(("key", "load"), [("config", load_mini_flamingo), ("vocabulary", load_tokenizer)])
+@pytest.mark.parametrize("text", ["", "{", '{"dim": ', "not json at all"])
+def test_damaged_metadata_is_named(saved, key, load, text):
+    _, folder = saved
+    write_metadata(folder, read_metadata(folder) | {key: text})
+    with pytest.raises(ValueError, match=rf"model\.safetensors is damaged: the {key} in its metadata is not JSON"):
+        load(folder)
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "3", "{}", '{"config": {}}', '{"vocabulary": []}', '{"config": 3, "vocabulary": []}']
+    ("key", "load", "texts"),
+    [("config", load_mini_flamingo, ("[]", "3", "null")), ("vocabulary", load_tokenizer, ("{}", '"word"', "null"))],
 )
-def test_a_config_without_its_parts_is_named(saved, text):
-    (saved[1] / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"config\.json must hold a config and a vocabulary"):
+def test_metadata_of_another_kind_is_named(saved, key, load, texts):
+    _, folder = saved
+    for text in texts:
+        write_metadata(folder, read_metadata(folder) | {key: text})
+        with pytest.raises(ValueError, match=rf"the {key} in its metadata must be a (dict|list); got "):
+            load(folder)
+
+
+def test_a_vocabulary_of_other_things_than_words_is_named(saved):
+    _, folder = saved
+    write_metadata(folder, read_metadata(folder) | {"vocabulary": '["<pad>", 3]'})
+    with pytest.raises(ValueError, match=r"model\.safetensors: its vocabulary must be a list of words"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("value", ["wide", None, [64], True, -64, 64.5, 64.0])
+def test_a_field_that_is_no_size_is_named(saved, value):
+    change_config(saved[1], dim=value)
+    with pytest.raises(ValueError, match="dim in its config must be a whole number, 0 or more; got "):
         load_mini_flamingo(saved[1])
 
 
-@pytest.mark.parametrize("value", ["wide", None, [64], True, -64])
-def test_a_field_that_is_no_size_is_named(saved, value):
-    change_config(saved[1], dim=value)
-    with pytest.raises(ValueError, match=r"config\.json: dim must be a number, 0 or more; got "):
+def test_a_fraction_is_fine_where_the_config_has_one(saved):
+    change_config(saved[1], attention_gain=1.5)
+    assert load_mini_flamingo(saved[1]).config.attention_gain == 1.5
+    change_config(saved[1], attention_gain="high")
+    with pytest.raises(ValueError, match="attention_gain in its config must be a number, 0 or more; got 'high'"):
         load_mini_flamingo(saved[1])
 
 
@@ -199,7 +266,7 @@ def test_weights_of_another_config_are_named(saved):
 def test_a_single_other_tensor_is_named(saved):
     _, folder = saved
     path = folder / "model.safetensors"
-    tensors = load_file(path)
+    tensors, metadata = load_file(path), read_metadata(folder)
     name = "resampler.latents"
     latents = tensors.pop(name)
     for other, message in (
@@ -207,18 +274,21 @@ def test_a_single_other_tensor_is_named(saved):
         ({name: latents, "stranger": latents.clone()}, "unknown: stranger$"),
         ({}, "missing: resampler.latents$"),
     ):
-        save_file(tensors | other, path)
+        save_file(tensors | other, path, metadata)
         with pytest.raises(ValueError, match=message):
             load_mini_flamingo(folder)
 
 
 def test_fields_of_another_version_are_named(saved):
-    change_config(saved[1], colour_depth=8)
-    with pytest.raises(ValueError, match=r"config\.json is not of this version: unknown fields \['colour_depth'\]"):
-        load_mini_flamingo(saved[1])
-    path = saved[1] / "config.json"
-    content = json.loads(path.read_text())
-    del content["config"]["colour_depth"], content["config"]["dim"]
-    path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"config\.json is not of this version: .*missing fields \['dim'\]"):
-        load_mini_flamingo(saved[1])
+    _, folder = saved
+    change_config(folder, colour_depth=8)
+    with pytest.raises(
+        ValueError, match=r"is not of this version: its config has the unknown fields \['colour_depth'\]"
+    ):
+        load_mini_flamingo(folder)
+    metadata = read_metadata(folder)
+    config = json.loads(metadata["config"])
+    del config["colour_depth"], config["dim"]
+    write_metadata(folder, metadata | {"config": json.dumps(config)})
+    with pytest.raises(ValueError, match=r"is not of this version: .* lacks the fields \['dim'\]"):
+        load_mini_flamingo(folder)

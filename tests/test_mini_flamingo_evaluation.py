@@ -20,7 +20,7 @@ TOKENIZER = WordTokenizer(texts.VOCABULARY)
 EXAMS = {
     "captions": evaluation.caption_exam,
     "captions in words": partial(evaluation.caption_exam, style="describe"),
-    "captions of ten": partial(evaluation.caption_exam, max_objects=10),
+    "captions of ten": partial(evaluation.caption_exam, objects=(1, 10)),
     **{kind: partial(evaluation.question_exam, kind) for kind in texts.QUESTION_KINDS},
     "words": partial(evaluation.word_exam, 2),
 }
@@ -69,9 +69,15 @@ def test_an_exam_s_images_are_its_scenes(name):
         assert example.text.split().count(IMAGE) == len(example.scenes) == exam.images.shape[1]
 
 
+def objects_in(exam):
+    return {len(scene) for example in exam.examples for scene in example.scenes}
+
+
 def test_scenes_have_as_many_objects_as_the_exam_says():
-    for exam, most in ((evaluation.caption_exam(300), 8), (evaluation.caption_exam(300, max_objects=3), 3)):
-        assert {len(example.scenes[0]) for example in exam.examples} == set(range(1, most + 1))
+    assert objects_in(evaluation.caption_exam(300)) == set(range(1, 9))
+    for fewest, most in ((1, 3), (8, 10), (5, 5)):
+        exam = evaluation.caption_exam(300, objects=(fewest, most))
+        assert objects_in(exam) == set(range(fewest, most + 1))
     exam = evaluation.caption_exam(20, "unseen")
     assert {scene_split(example.scenes[0]) for example in exam.examples} == {"unseen"}
 
@@ -233,22 +239,24 @@ def test_every_answer_goes_through_encode(model, short):
 
 @torch.no_grad()
 def test_blanked_images_say_nothing(model):
-    encode = evaluation.blanked(model)
-    one, other = (evaluation.caption_exam(3, seed=seed).images for seed in (1, 2))
-    assert torch.equal(encode(one), encode(other))
-    torch.testing.assert_close(encode(one)[0], encode(one)[2])
-    torch.testing.assert_close(encode(one), model.encode_media(torch.full((3, 1, 3, 80, 80), 96, dtype=torch.uint8)))
-    assert not torch.allclose(encode(one), model.encode_media(one), atol=0.01)
+    """All of one grey; the questions stay, and so does the exam itself."""
+    one, other = (evaluation.word_exam(2, 3, seed=seed) for seed in (1, 2))
+    before, blank = one.images.clone(), evaluation.blanked(one)
+    assert blank.examples == one.examples and torch.equal(one.images, before)
+    assert (blank.images == 96).all()
+    assert (blank.images.shape, blank.images.dtype) == (one.images.shape, torch.uint8)
+    assert torch.equal(blank.images, evaluation.blanked(other).images)
+    assert not torch.allclose(model.encode_media(blank.images), model.encode_media(one.images), atol=0.01)
 
 
-@torch.no_grad()
-def test_shuffled_images_are_another_prompt_s(model):
-    """Nobody keeps their own, none is lost; several images of one prompt stay together in order."""
-    images = evaluation.word_exam(2, 4).images
-    own, moved = model.encode_media(images), evaluation.shuffled(model)(images)
-    owner = [[torch.allclose(row, other, atol=1e-5) for other in own].index(True) for row in moved]
-    assert sorted(owner) == [0, 1, 2, 3]
-    assert all(i != j for i, j in enumerate(owner))
+def test_shuffled_images_are_another_prompt_s(short):
+    """Nobody keeps their own, none is lost, over the whole exam and not its batches; several images of one prompt stay
+    together in order."""
+    exam = evaluation.word_exam(2, 9)
+    before, moved = exam.images.clone(), evaluation.shuffled(exam)
+    assert moved.examples == exam.examples and torch.equal(exam.images, before)
+    owner = [[torch.equal(row, other) for other in exam.images].index(True) for row in moved.images]
+    assert owner == [8, 0, 1, 2, 3, 4, 5, 6, 7]
 
 
 @torch.no_grad()
@@ -269,10 +277,11 @@ def test_random_latents_are_a_fixed_choice_of_the_visual_tokens(model):
 def test_controls_change_what_is_said(model, short):
     """Of a model that looks at its images; one with closed gates does not notice."""
     exam = evaluation.question_exam("what is at", 8)
-    blind = talkative_flamingo(gate=0.0)
-    for control in (evaluation.blanked, evaluation.shuffled, lambda m: evaluation.random_latents(m, 4)):
-        assert answers(model, TOKENIZER, exam, control(model)) != answers(model, TOKENIZER, exam)
-        assert answers(blind, TOKENIZER, exam, control(blind)) == answers(blind, TOKENIZER, exam)
+    for each, sees in ((model, True), (talkative_flamingo(gate=0.0), False)):
+        said = answers(each, TOKENIZER, exam)
+        for control in (evaluation.blanked, evaluation.shuffled):
+            assert (answers(each, TOKENIZER, control(exam)) != said) == sees
+        assert (answers(each, TOKENIZER, exam, evaluation.random_latents(each, 4)) != said) == sees
 
 
 # ---------------------------------------------------------------------------------------------------- the report
@@ -281,60 +290,116 @@ def test_controls_change_what_is_said(model, short):
 def test_the_report_is_complete(model, monkeypatch, tmp_path):
     monkeypatch.setattr(evaluation, "MAX_WORDS", 1)
     report = evaluation.full_report(model, count=2)
-    standard = list(evaluation.held_out_exams(1))
-    assert report["scenes"] == 2
-    assert list(report["right"]) == [*standard, "caption, 1 to 10 objects", "caption, unseen pairs"]
-    assert list(report["blank"]) == list(report["shuffled"]) == standard
-    assert list(report["attributes"]) == ["caption", "caption, unseen pairs"]
-    assert list(report["new word by shots"]) == ["0", "1", "2", "4", "8"]
-    assert list(report["caption by latents"]) == ["64", "48", "32", "16", "8", "4", "32 at random"]
-    assert list(report["caption by depth"]) == ["1", "2", "3", "4"]
-    shares = [share for part in report.values() if isinstance(part, dict) for share in part.values()]
+    keys = {
+        "right": list(evaluation.held_out_exams(1)),
+        "blank": list(evaluation.held_out_exams(1)),
+        "shuffled": list(evaluation.held_out_exams(1)),
+        "attributes": ["caption", "caption, unseen pairs"],
+        "new word by shots": ["0", "1", "2", "4", "8"],
+        "caption by latents": ["64", "48", "32", "16", "8", "4"],
+        "caption by depth": ["1", "2", "3", "4"],
+    }
+    assert {name: list(part) for name, part in report.items() if isinstance(part, dict)} == keys
+    assert report.keys() - keys == {"questions of each kind", "caption, unseen pairs", "caption by random latents"}
+    assert report["questions of each kind"] == 2
+    assert len(report["caption by random latents"]) == 3
+    shares = [share for name in keys for share in report[name].values()]
+    shares += [report["caption, unseen pairs"], *report["caption by random latents"]]
     assert all(0 <= share <= 1 for share in shares)
     assert json.loads(write_json(tmp_path / "report.json", report).read_text()) == report
 
 
-def right_where(condition):
-    """In the place of `answers`: all right where the visual tokens are as the condition says."""
+@pytest.fixture
+def report_where(monkeypatch):
+    """-> a function: the report of a model that is right in those exams where a condition holds of what it sees (the
+    visual tokens), of the tokens of the exam's own images, and of the scenes asked about."""
 
-    def say(model, tokenizer, exam, encode=None):
-        own = model.encode_media(exam.images)
-        media = own if encode is None else encode(exam.images)
-        return [answer_of(example) if condition(media, own) else "?" for example in exam.examples]
+    @torch.no_grad()
+    def report(condition):
+        drawn, exam_of = [], evaluation.exam_of
 
-    return say
+        def remembered(examples, seed):
+            drawn.append(exam_of(examples, seed))
+            return drawn[-1]
+
+        def say(model, tokenizer, exam, encode=None):
+            (own,) = (model.encode_media(each.images) for each in drawn if each.examples is exam.examples)
+            media = (encode or model.encode_media)(exam.images)
+            right = condition(media, own, [scene for example in exam.examples for scene in example.scenes])
+            return [answer_of(example) if right else "?" for example in exam.examples]
+
+        monkeypatch.setattr(evaluation, "exam_of", remembered)
+        monkeypatch.setattr(evaluation, "answers", say)
+        return evaluation.full_report(talkative_flamingo(), count=2)
+
+    return report
 
 
-def is_own(media, own):
+def is_own(media, own, scenes):
     return media.shape == own.shape and torch.equal(media, own)
 
 
-def is_blank(media, own):
+def is_blank(media, own, scenes):
     return torch.allclose(media[0], media[1])
 
 
-def is_shuffled(media, own):
-    return media.shape == own.shape and torch.allclose(media, own.flip(0), atol=1e-5) and not is_own(media, own)
+def is_shuffled(media, own, scenes):
+    return media.shape == own.shape and torch.allclose(media, own.flip(0), atol=1e-5) and not is_own(media, own, scenes)
 
 
-@torch.no_grad()
-def report_where(monkeypatch, condition):
-    monkeypatch.setattr(evaluation, "answers", right_where(condition))
-    return evaluation.full_report(talkative_flamingo(), count=2)
-
-
-def test_the_report_is_of_what_the_model_sees(monkeypatch):
-    report = report_where(monkeypatch, is_own)
+def test_the_report_is_of_what_the_model_sees(report_where):
+    report = report_where(is_own)
     assert set(report["right"].values()) == set(report["attributes"].values()) == {1}
-    assert set(report["new word by shots"].values()) == {1}
+    assert set(report["new word by shots"].values()) == {report["caption, unseen pairs"]} == {1}
     assert set(report["shuffled"].values()) == set(report["blank"].values()) == {0}
-    assert report["caption by latents"] == {"64": 1, "48": 0, "32": 0, "16": 0, "8": 0, "4": 0, "32 at random": 0}
+    assert report["caption by latents"] == {"64": 1, "48": 0, "32": 0, "16": 0, "8": 0, "4": 0}
+    assert report["caption by random latents"] == [0, 0, 0]
     assert report["caption by depth"] == {"1": 0, "2": 0, "3": 0, "4": 1}
 
 
 @pytest.mark.parametrize(("name", "condition"), [("blank", is_blank), ("shuffled", is_shuffled)])
-def test_the_report_s_controls_are_those_they_are_called(monkeypatch, name, condition):
+def test_the_report_s_controls_are_those_they_are_called(report_where, name, condition):
     """Two prompts, so each has the other's images."""
-    report = report_where(monkeypatch, condition)
+    report = report_where(condition)
     for other in ("right", "blank", "shuffled"):
         assert set(report[other].values()) == {int(other == name)}
+
+
+def test_fewer_visual_tokens_and_layers_are_tried_on_full_scenes(monkeypatch):
+    """Of 8 to 10 objects. What stands beside it is of 1 to 8."""
+
+    def say(model, tokenizer, exam, encode=None):
+        return [answer_of(example) if objects_in(exam) == {8, 9, 10} else "?" for example in exam.examples]
+
+    monkeypatch.setattr(evaluation, "answers", say)
+    report = evaluation.full_report(talkative_flamingo(), count=12)
+    parts = ("caption by latents", "caption by depth")
+    assert {share for part in parts for share in report[part].values()} == {1}
+    assert report["caption by random latents"] == [1, 1, 1]
+    assert set(report["right"].values()) == set(report["attributes"].values()) == {0}
+
+
+def test_unseen_pairs_are_tried_on_scenes_that_have_them(report_where):
+    report = report_where(lambda media, own, scenes: {scene_split(scene) for scene in scenes} == {"unseen"})
+    assert report["caption, unseen pairs"] == 1
+    assert report["attributes"] == {"caption": 0, "caption, unseen pairs": 1}
+    others = ("right", "blank", "shuffled", "new word by shots", "caption by latents", "caption by depth")
+    assert {share for part in others for share in report[part].values()} == {0}
+
+
+def test_the_report_s_latents_are_first_ones_and_three_random_choices(report_where):
+    chosen = []
+
+    def watched(media, own, scenes):
+        if media.shape[2] < own.shape[2]:
+            chosen.append((media, own))
+        return True
+
+    report_where(watched)
+    assert [media.shape[2] for media, _ in chosen] == [48, 32, 16, 8, 4, 32, 32, 32]
+    halves = [media for media, _ in chosen[5:]]
+    for number, half in enumerate(halves):
+        own = chosen[5 + number][1]
+        which = [(own[0, 0] == token).all(-1).nonzero().item() for token in half[0, 0]]
+        assert len(set(which)) == 32 and sorted(which) != list(range(32))
+        assert not any(torch.equal(half, other) for other in halves[:number])

@@ -1,6 +1,7 @@
 """What training shows of the shapes world: training scenes alone, texts that fit, the labels of the right scenes."""
 
 import random
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -22,7 +23,14 @@ MAKERS = {  # each kind of training text, and the length it must fit
     "several images": (curriculum.several_images_example, curriculum.TEXT_LENGTH),
     "words": (partial(texts.word_example, shots=8), curriculum.CHUNK_LENGTH),
     "tasks": (partial(texts.task_example, shots=8), curriculum.CHUNK_LENGTH),
+    "counting": (curriculum.counting_example, curriculum.CHUNK_LENGTH),
     "bridged words": (curriculum.bridged_word_example, curriculum.CHUNK_LENGTH),
+}
+INTERLEAVED = {  # the stages on images and text, and their share of batches of each kind
+    "align": {"single": 0.6, "several": 0.15, "word": 0.2, "task": 0.05},
+    "few_shot": {"single": 0.45, "several": 0.05, "word": 0.45, "task": 0.05},
+    "counting": {"counting": 0.75, "single": 0.1, "word": 0.15},
+    "everything": {"single": 0.45, "counting": 0.25, "several": 0.1, "word": 0.15, "task": 0.05},
 }
 
 
@@ -128,7 +136,7 @@ def test_texts_are_padded_to_one_length():
     assert torch.equal(ids[labels != UNASKED], labels[labels != UNASKED])
 
 
-@pytest.mark.parametrize("name", ["interleaved", "few_shot"])
+@pytest.mark.parametrize("name", INTERLEAVED)
 def test_interleaved_batches_come_in_few_shapes(name):
     shapes, seen = ShapesCurriculum(), set()
     for number in range(60):
@@ -136,14 +144,14 @@ def test_interleaved_batches_come_in_few_shapes(name):
         rows, images = batch.images.shape[:2]
         assert (batch.labels != UNASKED).any(1).all()
         seen.add((*batch.input_ids.shape, rows, images))
-    expected = {(12, 64, 12, 1), (3, 128, 3, 4), (2, 64, 2, 9)}
-    if name == "few_shot":  # where the shots of both rows begin in words, there are fewer images
-        assert expected <= seen <= expected | {(2, 64, 2, images) for images in range(1, 9)}
-    else:
+    expected = {(12, 64, 12, 1), (2, 64, 2, 9)} | ({(3, 128, 3, 4)} if "several" in INTERLEAVED[name] else set())
+    if name == "align":
         assert seen == expected
+    else:  # where the shots of both rows begin in words, there are fewer images
+        assert expected <= seen <= expected | {(2, 64, 2, images) for images in range(1, 9)}
 
 
-@pytest.mark.parametrize("name", ["interleaved", "few_shot"])
+@pytest.mark.parametrize("name", INTERLEAVED)
 def test_images_and_labels_are_those_of_the_text(name):
     """Each row's images come first, then black ones; there are labels of the real ones alone, in order."""
     shapes, padded = ShapesCurriculum(), 0
@@ -156,7 +164,56 @@ def test_images_and_labels_are_those_of_the_text(name):
         assert torch.equal(batch.images.flatten(2).any(-1), real)
         assert all(len(labels) == real.sum() for labels in batch.targets.values())
         padded += not real.all()
-    assert (padded > 0) == (name == "few_shot"), "this must have met rows with fewer images"
+    assert (padded > 0) == (name != "align"), "this must have met rows with fewer images"
+
+
+def kind_of(question):
+    """`<image> how many squares ? two` -> "how many of" """
+    question = question.replace(IMAGE, "").strip()
+    if question.startswith("how many"):
+        return "how many" if question.startswith("how many objects ?") else "how many of"
+    return next(kind for kind in texts.QUESTION_KINDS if question.startswith(kind))
+
+
+@pytest.mark.parametrize("name", INTERLEAVED)
+def test_a_stage_is_its_mixture_of_batches(name, monkeypatch):
+    """As many of each kind as weighted, about as many images in each; after the alignment the questions are weighted
+    towards how many, and the episodes bridged."""
+    shapes, seen, asked = ShapesCurriculum(), Counter(), {"single": Counter(), "counting": Counter()}
+    captions = rows_in_words = 0
+    monkeypatch.setattr(shapes, "collate", lambda step, examples, length: (examples, length))
+    for number in range(1000):
+        examples, length = getattr(shapes, name)(Step.seeded("test", number), 12)
+        chunks = [example.text.split(END_OF_CHUNK)[:-1] for example in examples]
+        if length == curriculum.TEXT_LENGTH:
+            kind, rows = "several", 3
+            assert all(example.text.split().count(IMAGE) == 4 for example in examples)
+        elif all(len(row) == 9 for row in chunks):
+            kind, rows = "word" if "called" in examples[0].text.split() else "task", 2
+            rows_in_words += sum(kind == "word" and IMAGE not in row[0] for row in chunks)
+        else:
+            kind, rows = "counting" if all(len(row) == 7 for row in chunks) else "single", 12
+            assert kind == "counting" or {len(row) for row in chunks} <= {1, 6}
+            captions += sum(len(row) == 1 for row in chunks)
+            asked[kind].update(kind_of(question) for row in chunks if len(row) > 1 for question in row)
+        assert len(examples) == rows
+        assert length == (curriculum.TEXT_LENGTH if kind == "several" else curriculum.CHUNK_LENGTH)
+        seen[kind] += 1
+    assert seen.keys() == INTERLEAVED[name].keys()
+    for kind, weight in INTERLEAVED[name].items():
+        assert abs(seen[kind] / 1000 - weight) < 0.04, kind
+    assert abs(captions / (12 * seen["single"]) - 0.45) < 0.05
+    assert abs(rows_in_words / (2 * seen["word"]) - (0 if name == "align" else 4 / 9)) < 0.09
+    plain = name in ("align", "counting")
+    for kind, weights in (
+        ("single", curriculum.QUESTION_WEIGHTS if plain else curriculum.COUNTING_WEIGHTS),
+        ("counting", curriculum.COUNTING_WEIGHTS),
+    ):
+        total = asked[kind].total()
+        assert bool(total) == (kind in seen)
+        assert all(
+            asked[kind][each] / (total or 1) == pytest.approx(weights[each], abs=0.03) for each in weights if total
+        )
 
 
 def test_labels_follow_the_images_of_rows_that_differ():
@@ -171,11 +228,8 @@ def test_labels_follow_the_images_of_rows_that_differ():
 
 def test_batches_follow_from_the_step_alone():
     shapes = ShapesCurriculum()
-    interleaved, few_shot = (
-        lambda step, size, name=name: (getattr(shapes, name)(step, size).images,)
-        for name in ("interleaved", "few_shot")
-    )
-    for make in (shapes.pictures, shapes.texts, interleaved, few_shot):
+    interleaved = [lambda step, size, name=name: (getattr(shapes, name)(step, size).images,) for name in INTERLEAVED]
+    for make in (shapes.pictures, shapes.texts, *interleaved):
         one, again, other = (make(Step.seeded(0, "stage", number), 8)[0] for number in (7, 7, 8))
         assert torch.equal(one, again)
         assert one.shape != other.shape or not torch.equal(one, other)
@@ -192,6 +246,7 @@ def test_pictures_and_labels_are_of_the_same_scenes():
 def test_the_curriculum_fits_the_model_it_trains():
     shapes, config = ShapesCurriculum(), preset("shapes")
     assert shapes.config == config
+    assert list(shapes.stages) == ["vision", "language", "warmup", *INTERLEAVED]
     assert config.vocabulary_size == len(shapes.vocabulary) == len(shapes.tokenizer)
     targets = scene_targets(scenes_of_all_splits())
     heads = {name: (group.queries, n) for group in shapes.reading.values() for name, n in group.heads.items()}

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,22 +20,22 @@ from interleaved_text import UNASKED
 from laws import randomized
 from mini_flamingo import preset
 from mini_flamingo_checkpoint import load_mini_flamingo, load_tokenizer
-from shapes_curriculum import Interleaved, ShapesCurriculum, scene_targets
+from shapes_curriculum import ShapesCurriculum, scene_targets
 from shapes_world import render, sample_scene
 from tiny_flamingo import TINY, set_gates
 from token_reader import reading_loss
 from train_mini_flamingo import Trainer
-from training_loop import Stage, Step, train_stage
+from training_loop import Interleaved, Stage, Step, train_stage
 
 CPU = torch.device("cpu")
 GOLDEN = Path(__file__).parent / "golden" / "mini_flamingo_losses.json"
-STAGES = ("vision", "language", "warmup", "align", "few_shot")
+INTERLEAVED = ("align", "few_shot", "counting", "everything")
+STAGES = ("vision", "language", "warmup", *INTERLEAVED)
 FROZEN = {  # while each stage trains
     "vision": ("model.resampler", "model.language_model", "model.gated_layers", "reader"),
     "language": ("model.vision_encoder", "model.resampler", "model.gated_layers", "reader", "patch_labels"),
     "warmup": ("model.vision_encoder", "model.language_model", "model.gated_layers", "patch_labels"),
-    "align": ("model.vision_encoder", "model.language_model", "patch_labels"),
-    "few_shot": ("model.vision_encoder", "model.language_model", "patch_labels"),
+    **dict.fromkeys(INTERLEAVED, ("model.vision_encoder", "model.language_model", "patch_labels")),
 }
 
 
@@ -56,10 +57,16 @@ def _save_often(monkeypatch):
     monkeypatch.setattr(training_loop, "SAVE_EVERY", 2)
 
 
-def run_stage(trainer, name, work, steps=5, loss_of=None, batch_size=8, bf16=False):
-    stage = replace(trainer.curriculum.stages[name], steps=steps, batch_size=batch_size)
-    loss_of = partial(loss_of or getattr(trainer, name), size=batch_size)
-    return train_stage(name, stage, trainer.parts(name), trainer.parameter_groups(name), loss_of, work, 0, bf16)
+def change_stage(trainer, name, **changes):
+    """For this trainer alone. -> the stage."""
+    stage = replace(trainer.curriculum.stages[name], **changes)
+    trainer.curriculum.stages = trainer.curriculum.stages | {name: stage}
+    return stage
+
+
+def run_stage(trainer, name, work, loss=None, bf16=False, **changes):
+    stage, parts, groups = change_stage(trainer, name, **changes), trainer.parts(name), trainer.parameter_groups(name)
+    return train_stage(name, stage, parts, groups, partial(loss or trainer.loss, name), work, 0, bf16)
 
 
 def tiny_trainer(seed=0):
@@ -78,12 +85,12 @@ def test_ten_steps_lose_what_they_always_lost(name, tmp_path):
     """The shipped recipe at its full size, small batches, float32. Moving all weights by 2e-7 moves a loss by 2e-6."""
     trainer, losses = Trainer(ShapesCurriculum(), 0, CPU), []
 
-    def recorded(step, size):
-        loss, stats = getattr(trainer, name)(step, size)
+    def recorded(stage, step):
+        loss, stats = trainer.loss(stage, step)
         losses.append(loss.item())
         return loss, stats
 
-    run_stage(trainer, name, tmp_path, steps=10, loss_of=recorded, batch_size=8 if name in ("align", "few_shot") else 4)
+    run_stage(trainer, name, tmp_path, recorded, steps=10, batch_size=8 if name in INTERLEAVED else 4)
     golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
     if os.environ.get("UPDATE_GOLDEN"):
         GOLDEN.parent.mkdir(exist_ok=True)
@@ -129,16 +136,41 @@ def test_patch_labels_are_those_of_the_place_a_patch_lies_in():
     torch.testing.assert_close(logits["size"], head.heads["size"](patches))
 
 
-@pytest.mark.parametrize(("stage", "shown"), [("align", "interleaved"), ("few_shot", "few_shot")])
-def test_the_alignment_loss_is_answers_plus_a_little_reading(stage, shown):
+@pytest.mark.parametrize("stage", ["vision", "warmup"])
+def test_the_reading_losses_are_of_the_labels_of_the_pictures(stage):
+    """Read off the patches, or off the visual tokens."""
+    trainer = tiny_trainer()
+    change_stage(trainer, stage, batch_size=3)
+    loss, _ = trainer.loss(stage, Step.seeded("test"))
+    step = Step.seeded("test")
+    images, targets = trainer.curriculum.pictures(step, 3)
+    if stage == "vision":
+        logits, targets = trainer.patch_labels(trainer.model.vision_encoder(images), targets)
+    else:
+        logits = trainer.reader(trainer.model.encode_media(images[:, None], **trainer.elastic(step))[:, 0])
+    assert loss.item() == pytest.approx(reading_loss(logits, targets).item(), rel=1e-5)
+
+
+def test_the_language_loss_is_of_answers_to_text_alone():
+    trainer = tiny_trainer()
+    change_stage(trainer, "language", batch_size=3)
+    loss, _ = trainer.loss("language", Step.seeded("test"))
+    ids, labels = trainer.curriculum.texts(Step.seeded("test"), 3)
+    expected = train.answer_loss(trainer.model.language_model(ids), labels)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", INTERLEAVED)
+def test_the_alignment_loss_is_answers_plus_a_little_reading(stage):
     """Of the same images, latents and depth, by the model's own forward. Black images, of short rows, are not read."""
     trainer, short_rows = tiny_trainer(), 0
     randomized(trainer.model)
     set_gates(trainer.model, 0.5)
+    change_stage(trainer, stage, batch_size=18)
     for number in range(8):
-        loss, stats = getattr(trainer, stage)(Step.seeded(number), 18)
+        loss, stats = trainer.loss(stage, Step.seeded(number))
         step = Step.seeded(number)
-        batch = getattr(trainer.curriculum, shown)(step, 18)
+        batch = getattr(trainer.curriculum, stage)(step, 18)
         elastic = trainer.elastic(step)
         media = trainer.model.encode_media(batch.images, **elastic)
         assert media.shape[2] == elastic["num_latents"]
@@ -151,7 +183,7 @@ def test_the_alignment_loss_is_answers_plus_a_little_reading(stage, shown):
     assert short_rows or stage == "align"
 
 
-def test_images_that_a_row_lacks_are_not_read(monkeypatch):
+def test_images_that_a_row_lacks_are_not_read():
     """A row with fewer images than another ends in black ones: they have no labels."""
     trainer = tiny_trainer()
     rng = random.Random(0)
@@ -160,8 +192,7 @@ def test_images_that_a_row_lacks_are_not_read(monkeypatch):
     ids = torch.tensor([[1, 5, 2, 1, 6, 2], [1, 7, 8, 9, 10, 2]])
     is_real = torch.tensor([True, True, True, False])
     batch = Interleaved(ids, ids, images.unflatten(0, (2, 2)), is_real, scene_targets(scenes))
-    monkeypatch.setattr(trainer.curriculum, "interleaved", lambda step, size: batch)
-    _, stats = trainer.align(Step.seeded("test"), 4)
+    _, stats = trainer.align(batch, Step.seeded("test"))
     media = trainer.model.encode_media(images[:3, None], **trainer.elastic(Step.seeded("test")))
     expected = reading_loss(trainer.reader(media[:, 0]), batch.targets)
     assert stats["reading"] == pytest.approx(expected.item(), rel=1e-5)
@@ -193,7 +224,7 @@ def test_each_parameter_of_a_stage_has_its_rate(stage):
     assert len(trainer.parameter_groups(stage)) == len(by_identity) == len(parameters)
     for name, parameter, part in parameters:
         group = by_identity[id(parameter)]
-        warmed_up = stage in ("align", "few_shot") and part is not trainer.model.gated_layers
+        warmed_up = stage in INTERLEAVED and part is not trainer.model.gated_layers
         rate = 0.3 if warmed_up else 1.0
         rate = 5.0 if name.endswith(("attn_gate", "ff_gate")) else rate
         assert group["lr"] == pytest.approx(rate * full), name
@@ -210,19 +241,19 @@ def test_a_stage_moves_its_own_weights_and_no_others(tmp_path, stage):
         assert torch.equal(parameter, before[name]) == name.startswith(FROZEN[stage]), name
 
 
-@pytest.mark.parametrize("stage", ["warmup", "few_shot"])
+@pytest.mark.parametrize("stage", ["warmup", "few_shot", "everything"])
 def test_frozen_parts_stay_frozen_after_their_own_stages(tmp_path, stage):
     """Alignment reaches the resampler through the language model and leaves it no gradient."""
     trainer = tiny_trainer()
     for name in STAGES[: STAGES.index(stage)]:
         run_stage(trainer, name, tmp_path, steps=1)
 
-    def watched(step, size):
+    def watched(stage, step):
         for name, parameter in all_parts(trainer).named_parameters():
             assert parameter.requires_grad == (not name.startswith(FROZEN[stage])), name
-        return getattr(trainer, stage)(step, size)
+        return trainer.loss(stage, step)
 
-    run_stage(trainer, stage, tmp_path, steps=2, loss_of=watched)
+    run_stage(trainer, stage, tmp_path, watched, steps=2)
     assert all(parameter.grad is None for parameter in trainer.model.language_model.parameters())
 
 
@@ -264,7 +295,7 @@ def kill_at(monkeypatch, stage, number):
     monkeypatch.setattr(Step, "seeded", staticmethod(killed))
 
 
-@pytest.mark.parametrize(("stage", "number"), [("language", 1), ("warmup", 3), ("align", 4)])
+@pytest.mark.parametrize(("stage", "number"), [("language", 1), ("warmup", 3), ("align", 4), ("counting", 2)])
 def test_a_killed_run_started_again_ends_with_the_same_model(whole_run, tmp_path, stage, number):
     """Bit for bit, by the script's command line: between the saves of a stage and in its last step."""
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -273,7 +304,7 @@ def test_a_killed_run_started_again_ends_with_the_same_model(whole_run, tmp_path
             run_script(tmp_path)
     assert not (tmp_path / "out").exists(), "nothing is shipped that is not trained to the end"
     run_script(tmp_path)
-    for name in ("model.safetensors", "token_reader.safetensors", "config.json"):
+    for name in ("model.safetensors", "token_reader.safetensors"):
         assert (tmp_path / "out" / name).read_bytes() == (whole_run / "out" / name).read_bytes(), name
 
 
@@ -285,7 +316,7 @@ def test_the_run_ships_a_model_its_words_and_its_record(whole_run):
         assert not torch.equal(trained, initial), name
     record = json.loads((whole_run / "out" / "training.json").read_text())
     assert record["settings"] == {"seed": 0, "precision": "fp32", "data": "shapes"}
-    assert record["stages"].keys() == set(STAGES)
+    assert record["stages"].keys() == set(STAGES) == set(ShapesCurriculum.stages)
     assert all(stage["steps"] == 5 and stage["seconds"] > 0 for stage in record["stages"].values())
     assert record["report"] == {"right": {"caption": 0.5}}
     assert record["environment"]
@@ -297,8 +328,37 @@ def test_another_seed_trains_another_model(whole_run, tmp_path):
     assert not any(torch.equal(one[name], other[name]) for name in one if name.endswith("to_q.weight"))
 
 
-def test_a_work_folder_of_another_seed_ends_with_a_sentence(whole_run, capsys):
+@pytest.mark.parametrize(
+    ("option", "value", "was", "is_now"),
+    [("--seed", "1", "'seed': 0", "'seed': 1"), ("--precision", "bf16", "'bf16': False", "'bf16': True")],
+)
+def test_a_work_folder_of_another_run_ends_with_a_sentence(whole_run, capsys, option, value, was, is_now):
+    check_refused(whole_run, capsys, was, is_now, option, value)
+
+
+def test_a_work_folder_of_other_stages_ends_with_a_sentence(whole_run, capsys, monkeypatch):
+    longer = TinyCurriculum.stages | {"counting": replace(TinyCurriculum.stages["counting"], steps=6)}
+    monkeypatch.setattr(TinyCurriculum, "stages", longer)
+    check_refused(whole_run, capsys, "'steps': 5", "'steps': 6")
+
+
+def check_refused(folder, capsys, was, is_now, *arguments):
+    """What was shipped before stays."""
+    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(SystemExit) as exit_:
-        run_script(whole_run, "--seed", "1")
+        run_script(folder, *arguments)
     assert exit_.value.code == 2
-    assert "holds a run with seed 0, not 1" in capsys.readouterr().err
+    sentence = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(rf"\.pt is of another run, .*{was}.* and not .*{is_now}.*: remove it or name another", sentence)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == files
+
+
+def test_a_mistake_in_training_is_not_taken_for_a_wrong_option(tmp_path, monkeypatch):
+    """It comes with its traceback."""
+
+    def mistaken(self, stage, step):
+        raise ValueError("shapes do not fit")
+
+    monkeypatch.setattr(Trainer, "loss", mistaken)
+    with pytest.raises(ValueError, match="shapes do not fit"):
+        run_script(tmp_path)

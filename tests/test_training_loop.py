@@ -1,6 +1,8 @@
 """The loop of every training stage, on a toy: killed or not, it ends with the same weights."""
 
 import random
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from torch import nn
 
 import training_loop
-from training_loop import Stage, Step, save_atomically, train_stage
+from training_loop import OtherRunError, Stage, Step, save_atomically, train_stage
 
 STAGE = Stage(steps=7, learning_rate=0.05, batch_size=4)
 
@@ -128,10 +130,30 @@ def test_bfloat16_keeps_float32_weights(tmp_path):
     assert losses != exact
 
 
-def test_a_work_folder_belongs_to_one_seed(tmp_path):
-    run(toy(), tmp_path, seed=0)
-    with pytest.raises(ValueError, match=r"toy\.pt holds a run with seed 0, not 1: remove it or name another --work"):
-        run(toy(), tmp_path, seed=1)
+@pytest.mark.parametrize("killed_at", [None, 5])
+@pytest.mark.parametrize(
+    ("other", "was", "is_now"),
+    [
+        ({"seed": 1}, "'seed': 0", "'seed': 1"),
+        ({"bf16": True}, "'bf16': False", "'bf16': True"),
+        ({"stage": replace(STAGE, steps=9)}, "'steps': 7", "'steps': 9"),
+        ({"stage": replace(STAGE, steps=5)}, "'steps': 7", "'steps': 5"),
+        ({"stage": replace(STAGE, learning_rate=0.1)}, "'learning_rate': 0.05", "'learning_rate': 0.1"),
+        ({"stage": replace(STAGE, batch_size=5)}, "'batch_size': 4", "'batch_size': 5"),
+    ],
+)
+def test_a_work_folder_belongs_to_one_seed_precision_and_stage(tmp_path, killed_at, other, was, is_now):
+    """Finished or not. The progress stays as it was, and no weight is taken over from it."""
+    with pytest.raises(Killed) if killed_at else nullcontext():
+        run(toy(), tmp_path, killed_at=killed_at)
+    model, before = toy(), saved(tmp_path)
+    message = rf"toy\.pt is of another run, .*{was}.* and not .*{is_now}.*: remove it or name another --work"
+    with pytest.raises(OtherRunError, match=message) as raised:
+        run(model, tmp_path, **other)
+    assert isinstance(raised.value, ValueError)
+    assert same(saved(tmp_path), before)
+    assert same(model.state_dict(), toy().state_dict())
+    run(model, tmp_path)
 
 
 def test_the_schedule_warms_up_and_falls_to_a_twentieth():
