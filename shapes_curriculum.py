@@ -156,9 +156,9 @@ class ShapesCurriculum:
         """A batch of one kind, drawn by its weight, so that few shapes occur; `size` is about the images in it."""
         rng = step.rng
         rows, length, make = {
+            "counting": (size, CHUNK_LENGTH, lambda: counting_example(rng)),
             "single": (size, CHUNK_LENGTH, lambda: single_image_example(rng)),
             "single, counting": (size, CHUNK_LENGTH, lambda: single_image_example(rng, COUNTING_WEIGHTS)),
-            "counting": (size, CHUNK_LENGTH, lambda: counting_example(rng)),
             "several": (size // 4, TEXT_LENGTH, lambda: several_images_example(rng)),
             "word": (size // 6, CHUNK_LENGTH, lambda: texts.word_example(rng, shots=8)),
             "bridged word": (size // 6, CHUNK_LENGTH, lambda: bridged_word_example(rng)),

@@ -93,9 +93,9 @@ def train_stage(
     first, seconds = 0, 0.0
     if path.exists():
         saved = torch.load(path, map_location=device, weights_only=True)
-        if saved["run"] != run:
+        if saved.get("run") != run:
             raise OtherRunError(
-                f"{path} is of another run, {saved['run']} and not {run}: remove it or name another --work"
+                f"{path} is of another run, {saved.get('run')} and not {run}: remove it or name another --work"
             )
         modules.load_state_dict(saved["modules"])
         optimizer.load_state_dict(saved["optimizer"])
