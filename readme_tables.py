@@ -17,6 +17,7 @@ from reporting import (
     read_json,
     update_readme,
 )
+from shapes_curriculum import ShapesCurriculum
 
 ROOT = Path(__file__).parent
 
@@ -70,7 +71,7 @@ def resampler_block(exploration: dict) -> str:
 
 
 def training_block(training: dict) -> str:
-    rows = [{"stage": name, **stage} for name, stage in training["stages"].items()]
+    rows = [{"stage": name, **training["stages"][name]} for name in ShapesCurriculum.stages]  # JSON sorts its keys
     rows.append({"stage": "together", "seconds": sum(stage["seconds"] for stage in training["stages"].values())})
     environment = training["environment"]
     machine = f"{_accelerator(environment)}{environment['cpu']}"
