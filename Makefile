@@ -2,7 +2,7 @@
 # make test   install into .venv, then run the whole test suite and the style check
 # make train  reproduce the shipped weights (about an hour and a half on 2 CPU cores)
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 
 .PHONY: run test train clean
