@@ -1,6 +1,6 @@
 # make run    install into .venv, then run the study on the shipped model
 # make test   install into .venv, then run the whole test suite and the style check
-# make train  reproduce the shipped weights (about an hour and a half on 2 CPU cores)
+# make train  train the shipped model anew (an hour or more on a CPU; a killed run goes on where it stopped)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python

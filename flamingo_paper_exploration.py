@@ -48,8 +48,8 @@ def demonstrate_resampler(device: torch.device, quick: bool) -> dict:
     """Times both forms on the same patch features and states their work."""
     config = preset("paper")
     generator = seed_everything(SEED)
-    resampler = PerceiverResampler(config.vision_dim, config.resampler_depth, config.resampler_dim_head)
-    direct = DirectSelfAttention(config.vision_dim, config.resampler_depth, config.resampler_dim_head)
+    sizes = (config.vision_dim, config.resampler_depth, config.resampler_dim_head, config.resampler_heads)
+    resampler, direct = PerceiverResampler(*sizes, config.num_latents), DirectSelfAttention(*sizes)
     forms = {"self-attention": direct.to(device).eval(), "resampler": resampler.to(device).eval()}
     rows, ceilings = [], [matmul_ceiling(device)]
     for batch in (1,) if quick else (1, 8):
@@ -259,13 +259,15 @@ def require_writable(arguments: argparse.Namespace) -> None:
 
 
 def recorded(arguments: argparse.Namespace) -> dict:
-    """Every argument as it was given; a path inside the repository from its root, so that no machine shows in it."""
+    """Every argument; a path inside the repository from its root, of one outside only the name: no machine shows."""
 
     def plain(value: object) -> object:
         if not isinstance(value, Path):
             return value
-        inside = value.is_absolute() and value.resolve().is_relative_to(ROOT)
-        return (value.resolve().relative_to(ROOT) if inside else value).as_posix()
+        if not value.is_absolute():
+            return value.as_posix()
+        inside = value.resolve().is_relative_to(ROOT)
+        return value.resolve().relative_to(ROOT).as_posix() if inside else value.name
 
     return {name: plain(value) for name, value in vars(arguments).items()}
 
@@ -301,7 +303,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
     parser.add_argument("--threads", type=positive_int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--quick", action="store_true", help="fewer runs and scenes: about 20 s, for a first look")
+    parser.add_argument("--quick", action="store_true", help="fewer runs and scenes, for a first look")
     names = ("resampler", "gates", "model")
     parser.add_argument("--only", nargs="+", choices=names, default=list(names), help="which demonstrations")
     parser.add_argument("--model", type=Path, default=SHIPPED, help="folder of a trained Mini Flamingo")

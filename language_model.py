@@ -2,7 +2,7 @@
 
 Pre-norm GPT layers. Before its attention each layer adds a causal depthwise convolution over the last 4 tokens (as in
 H3, Fu et al. 2022, and the Canon layers of Allen-Zhu 2025): a token that knows its neighbours can be copied by a single
-attention, so a small model learns from examples in its context many times sooner.
+attention, which a small model needs to learn from examples in its context.
 
 `before_layer` is where gated cross-attention enters: the language model itself knows nothing of images.
 

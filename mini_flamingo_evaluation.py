@@ -18,7 +18,7 @@ from tqdm import tqdm
 import shapes_texts as texts
 from interleaved_text import END_OF_CHUNK, Example, WordTokenizer, answer_of, prompt_of
 from mini_flamingo import MiniFlamingo
-from shapes_world import MAX_OBJECTS, Scene, sample_scene
+from shapes_world import MAX_OBJECTS, Scene, Thing, sample_scene
 
 Encode = Callable[[Tensor], Tensor]  # uint8[N, M, 3, h, w] -> float[N, M, L, D]
 BATCH = 64
@@ -129,12 +129,33 @@ def held_out_exams(count: int) -> dict[str, Exam]:
 def attribute_accuracy(captions: Sequence[str], scenes: Sequence[Scene]) -> float:
     """Share of the true objects' sizes, colours and shapes that a list caption gives at the right place."""
     right = total = 0
+    for thing, words in named_at_their_places(captions, scenes):
+        right += sum(true == said for true, said in zip(thing.words.split(), words, strict=False))
+        total += 3
+    return right / total
+
+
+def named_at_their_places(captions: Sequence[str], scenes: Sequence[Scene]) -> list[tuple[Thing, list[str]]]:
+    """Every true thing with the words (size, colour, shape) that the list caption gives at its place, if any."""
+    pairs = []
     for caption, scene in zip(captions, scenes, strict=True):
         named = {words[0]: words[1:] for part in caption.split(";") if (words := part.split())}
-        for thing in scene:
-            right += sum(t == s for t, s in zip(thing.words.split(), named.get(thing.place_word, []), strict=False))
-            total += 3
-    return right / total
+        pairs += [(thing, named.get(thing.place_word, [])) for thing in scene]
+    return pairs
+
+
+def unseen_pairs_named(model: MiniFlamingo, exam: Exam) -> dict[str, int]:
+    """How often the things of pairs that training never showed are named rightly, or with one of the two wrong."""
+    said = answers(model, WordTokenizer(texts.VOCABULARY), exam)
+    outcomes = {"things": 0, "right colour and shape": 0, "another shape": 0, "another colour": 0}
+    for thing, words in named_at_their_places(said, [example.scenes[0] for example in exam.examples]):
+        if thing.is_unseen_pair:
+            colour, shape = thing.colour_word in words, thing.shape_word in words
+            outcomes["things"] += 1
+            outcomes["right colour and shape"] += colour and shape
+            outcomes["another shape"] += colour and not shape
+            outcomes["another colour"] += shape and not colour
+    return outcomes
 
 
 def full_report(model: MiniFlamingo, count: int = 512) -> dict:
@@ -165,6 +186,7 @@ def full_report(model: MiniFlamingo, count: int = 512) -> dict:
         "shuffled": {name: right(shuffled(exam)) for name, exam in exams.items()},
         "attributes": {"caption": attributes(exams["caption"]), "caption, unseen pairs": attributes(unseen)},
         "caption, unseen pairs": right(unseen),
+        "unseen pairs named": unseen_pairs_named(model, unseen),
         "new word by shots": {str(shots): right(word_exam(shots, count)) for shots in (0, 1, 2, 4, 8)},
         "caption by latents": {str(n): right(crowded, first(n)) for n in (64, 48, 32, 16, 8, 4)},
         "caption by random latents": [right(crowded, random_latents(model, 32, seed)) for seed in range(3)],

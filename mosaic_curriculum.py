@@ -114,7 +114,7 @@ class MosaicCurriculum:
         return ["list"] if rng.random() < 0.35 else rng.choices(MOSAIC_KINDS[1:], k=count)
 
     def align(self, step: Step, size: int) -> Interleaved:
-        """Every second batch has one mosaic a row, every other one four of them."""
+        """A batch has one mosaic a row, or four, at random."""
         rng = step.rng
         per_row = rng.choice((1, 4))
         images, labels = self.mosaics(step, size)

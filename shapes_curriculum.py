@@ -139,7 +139,7 @@ class ShapesCurriculum:
         return self.mixture(step, size, {"single": 0.6, "several": 0.15, "word": 0.2, "task": 0.05})
 
     def few_shot(self, step: Step, size: int) -> Interleaved:
-        """New words from shots, with a little of everything else."""
+        """New words from shots, and counting, half each."""
         kinds = {"bridged word": 0.45, "single, counting": 0.45, "several": 0.05, "task": 0.05}
         return self.mixture(step, size, kinds)
 

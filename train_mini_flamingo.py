@@ -4,13 +4,13 @@
     language  the language model, on text alone: scenes written out in words, questions about them, episodes
     warmup    vision frozen; the resampler, read by a small decoder (token_reader.py says why this decides everything)
     align     vision and language frozen; the resampler and the gated blocks, on interleaved images and text
-    few_shot  the same, with the emphasis on new words from a few examples
-    counting  with the emphasis on how many there are of what
-    everything  all of it together, so that the last lesson does not displace the first
+    few_shot  the same, with the emphasis on new words from a few examples and on counting
+    counting  more of how many there are of what, which comes last
+    everything all of it together, so that the last lesson does not displace the first
 
-(Alayrac et al. 2022, section 2 and appendix B.1.) The number of visual tokens and the resampler's depth are drawn anew
-each step from the warm-up on, so one checkpoint works at any of them. At the end the model is tested on held-out
-data and saved.
+(CIFAR-10 ends with align.) (Alayrac et al. 2022, section 2 and appendix B.1.) The number of visual tokens and the
+resampler's depth are drawn anew each step from the warm-up on, so one checkpoint works at any of them. At the end the
+model is tested on held-out data and saved.
 
 Without options this makes data/mini_flamingo, the shipped model, from generated scenes. `--data cifar10` makes
 data/mini_flamingo_cifar10 from mosaics of real photographs. Stages keep their progress in --work: a killed run started
@@ -169,11 +169,12 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     out = arguments.out or OUTPUTS[arguments.data]
-    work = arguments.work or Path("runs") / out.name
+    work = arguments.work or Path(__file__).parent / "runs" / out.name
     try:
+        out.mkdir(parents=True, exist_ok=True)  # before the hours of training, not after
         device = choose_device(arguments.device)
         curriculum = ShapesCurriculum() if arguments.data == "shapes" else MosaicCurriculum(arguments.cifar_root)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     trainer = Trainer(curriculum, arguments.seed, device)
     try:
