@@ -287,6 +287,16 @@ def test_controls_change_what_is_said(model, short):
 # ---------------------------------------------------------------------------------------------------- the report
 
 
+def test_unseen_pairs_are_judged_by_colour_and_shape(model, monkeypatch):
+    unseen, seen = Thing(0, 0, 4, 2), Thing(3, 1, 0, 0)  # small purple triangle at a1, large red circle at d1
+    assert unseen.is_unseen_pair and not seen.is_unseen_pair
+    exam = evaluation.exam_of([texts.caption_example((unseen, seen))] * 5, seed=0)
+    said = ["a1 large purple triangle ; .", "a1 small purple square ; .", "a1 small red triangle ; .", "b1 red ; .", ""]
+    monkeypatch.setattr(evaluation, "answers", lambda *_: said)
+    outcomes = evaluation.unseen_pairs_named(model, exam)
+    assert outcomes == {"things": 5, "right colour and shape": 1, "another shape": 1, "another colour": 1}
+
+
 def test_the_report_is_complete(model, monkeypatch, tmp_path):
     monkeypatch.setattr(evaluation, "MAX_WORDS", 1)
     report = evaluation.full_report(model, count=2)
@@ -295,6 +305,7 @@ def test_the_report_is_complete(model, monkeypatch, tmp_path):
         "blank": list(evaluation.held_out_exams(1)),
         "shuffled": list(evaluation.held_out_exams(1)),
         "attributes": ["caption", "caption, unseen pairs"],
+        "unseen pairs named": ["things", "right colour and shape", "another shape", "another colour"],
         "new word by shots": ["0", "1", "2", "4", "8"],
         "caption by latents": ["64", "48", "32", "16", "8", "4"],
         "caption by depth": ["1", "2", "3", "4"],
@@ -303,7 +314,9 @@ def test_the_report_is_complete(model, monkeypatch, tmp_path):
     assert report.keys() - keys == {"questions of each kind", "caption, unseen pairs", "caption by random latents"}
     assert report["questions of each kind"] == 2
     assert len(report["caption by random latents"]) == 3
-    shares = [share for name in keys for share in report[name].values()]
+    things, *outcomes = report["unseen pairs named"].values()
+    assert things >= 2 and sum(outcomes) <= things, "every such scene holds one at least"
+    shares = [share for name in keys if name != "unseen pairs named" for share in report[name].values()]
     shares += [report["caption, unseen pairs"], *report["caption by random latents"]]
     assert all(0 <= share <= 1 for share in shares)
     assert json.loads(write_json(tmp_path / "report.json", report).read_text()) == report
