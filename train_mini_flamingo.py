@@ -171,9 +171,9 @@ def main(argv: list[str] | None = None) -> None:
     out = arguments.out or OUTPUTS[arguments.data]
     work = arguments.work or Path(__file__).parent / "runs" / out.name
     try:
-        out.mkdir(parents=True, exist_ok=True)  # before the hours of training, not after
         device = choose_device(arguments.device)
         curriculum = ShapesCurriculum() if arguments.data == "shapes" else MosaicCurriculum(arguments.cifar_root)
+        out.mkdir(parents=True, exist_ok=True)  # before the hours of training, not after
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     trainer = Trainer(curriculum, arguments.seed, device)
