@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import shapes_texts as texts
-from interleaved_text import END_OF_CHUNK, Example, WordTokenizer, answer_of, prompt_of
+from interleaved_text import END_OF_CHUNK, IMAGE, Example, WordTokenizer, answer_of, prompt_of, tokenize
 from mini_flamingo import MiniFlamingo
 from shapes_world import MAX_OBJECTS, Scene, Thing, sample_scene
 
@@ -27,7 +27,8 @@ MAX_WORDS = 96
 
 @dataclass(frozen=True)
 class Exam:
-    """examples: each one's last answer is asked for, all in front of it is the prompt. images uint8[N, M, 3, h, w]."""
+    """examples: each one's last answer is asked for, all in front of it is the prompt. images uint8[N, M, 3, h, w]; or
+    what a vision encoder made of them, float[N, M, P, D], where `encode` takes that."""
 
     examples: Sequence[Example]
     images: Tensor
@@ -46,6 +47,28 @@ def answers(model: MiniFlamingo, tokenizer: WordTokenizer, exam: Exam, encode: E
         rows = model.generate(ids, media=encode(images), max_new_tokens=MAX_WORDS)
         said += [tokenizer.decode(row).removesuffix(END_OF_CHUNK).strip() for row in rows]
     return said
+
+
+@torch.inference_mode()
+def forced_matches(model: MiniFlamingo, tokenizer: WordTokenizer, exam: Exam, encode: Encode | None = None) -> Tensor:
+    """bool[N]: which answers greedy decoding would give word for word, found in one pass over the true answers instead
+    of word by word: greedy decoding says the true answer if, and only if, each of its words is the likeliest behind the
+    true words before it. (`exact_match` of `answers` is the mean of this, many times slower.)"""
+    encode = encode or model.encode_media
+    device = model.resampler.latents.device
+    forbidden = torch.tensor([tokenizer.pad_id, tokenizer.ids[IMAGE]], device=device)
+    rows = []
+    for start in range(0, len(exam.examples), BATCH):
+        examples = exam.examples[start : start + BATCH]
+        ids, _ = (each.to(device) for each in tokenize(examples, tokenizer))
+        answer = torch.zeros_like(ids, dtype=torch.bool)
+        for row, example in enumerate(examples):
+            words = len(example.text.split())
+            answer[row, len(prompt_of(example).split()) : words] = True
+        logits = model(ids, media=encode(exam.images[start : start + BATCH].to(device)))
+        likeliest = logits.index_fill(-1, forbidden, float("-inf")).argmax(-1)
+        rows.append(((likeliest[:, :-1] == ids[:, 1:]) | ~answer[:, 1:]).all(1))
+    return torch.cat(rows).cpu()
 
 
 def exact_match(said: Sequence[str], exam: Exam) -> float:
