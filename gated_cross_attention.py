@@ -55,8 +55,9 @@ class GatedCrossAttentionBlock(nn.Module):
         media_kv = media if isinstance(media, MediaKV) else self.project_media(media)
         if media_locations is not None:
             media_index = MediaLayout.from_locations(media_locations, media_kv.k.shape[1])
-        x = x + self.attn_gate.tanh() * self.attn(x, media_kv, media_index)
-        return x + self.ff_gate.tanh() * self.ff(x)
+        # A gate may be kept in a higher precision than x; it must not lift x to it.
+        x = x + self.attn_gate.tanh().to(x.dtype) * self.attn(x, media_kv, media_index)
+        return x + self.ff_gate.tanh().to(x.dtype) * self.ff(x)
 
     def flops(self, tokens: int, latents: int, images: int = 1) -> int:
         """Operations for one row of `tokens` text tokens; images=0 once the media are projected."""

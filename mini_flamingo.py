@@ -4,28 +4,21 @@
                                                                               | gated cross-attention before LM layers
     text ------------------------------------------------> CausalLanguageModel +--> logits
 
-The vision encoder and the language model are frozen; the resampler and the gated blocks learn. Cross-attention keys and
-values are projected once per image, and decoding reads only those of each row's current image, so a generated token
-costs the same with 1 image in the prompt as with 33.
+The vision encoder and the language model are frozen; the resampler and the gated blocks learn. The half behind the
+visual tokens, from prompts to generated text, is `ConditionedLanguageModel`'s.
 
 Left out: everything that makes it faster than this plain form. See the modules of the seven optimizations.
 
-Legend: B batch, T text tokens, M images per sequence, F frames, L visual tokens per image, D visual width, V
-vocabulary.
+Legend: B batch, T text tokens, M images per sequence, F frames, L visual tokens per image, D visual width.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from attention_layers import MediaKV
-from gated_cross_attention import GatedCrossAttentionBlock
-from language_model import CausalLanguageModel, LanguageModelCache
-from media_masks import MediaLayout
+from conditioned_language_model import ConditionedLanguageModel, sharpen
 from perceiver_resampler import PerceiverResampler
-from token_sampling import choose_token
 from vision_encoder import VisionEncoder
 
 
@@ -78,20 +71,9 @@ def preset(name: str) -> MiniFlamingoConfig:
     return PRESETS[name]
 
 
-@dataclass
-class DecodingState:
-    """What decoding carries from token to token: the text cache, each gated layer's keys and values of the one image
-    that each row now sees (M = 1), and the layout that says which rows see one at all."""
-
-    cache: LanguageModelCache
-    media_kv: list[MediaKV | None]
-    layout: MediaLayout
-
-
-class MiniFlamingo(nn.Module):
+class MiniFlamingo(ConditionedLanguageModel):
     def __init__(self, config: MiniFlamingoConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.vision_encoder = VisionEncoder(
             config.image_size, config.patch_size, config.vision_dim, config.vision_depth, config.vision_heads
         )
@@ -102,21 +84,8 @@ class MiniFlamingo(nn.Module):
             config.resampler_heads,
             config.num_latents,
         )
-        self.language_model = CausalLanguageModel(config.vocabulary_size, config.dim, config.depth, config.heads)
-        self.gated_layers = nn.ModuleDict(
-            {
-                str(i): GatedCrossAttentionBlock(
-                    config.dim, config.vision_dim, config.cross_dim_head, config.cross_heads
-                )
-                for i in range(config.depth)
-                if (i + 1) % config.cross_attn_every_n_layers == 0
-            }
-        )
-        for attention in (
-            *(layer[0] for layer in self.resampler.layers),
-            *(g.attn for g in self.gated_layers.values()),
-        ):
-            _sharpen(attention, config.attention_gain)
+        for attention, _ in self.resampler.layers:
+            sharpen(attention, config.attention_gain)
 
     def freeze_pretrained(self) -> "MiniFlamingo":
         """The paper's recipe: vision encoder and language model keep their weights; the rest learns."""
@@ -133,15 +102,6 @@ class MiniFlamingo(nn.Module):
         patches = self.vision_encoder(images.flatten(0, -4)).unflatten(0, leading)
         return self.resampler(patches, num_latents, depth)
 
-    def project_media(self, media: Tensor) -> list[MediaKV | None]:
-        """Visual tokens float[B, M, L, D] -> per language-model layer, its gated block's keys and values or None."""
-        blocks = (self._gated(i) for i in range(self.config.depth))
-        return [block and block.project_media(media) for block in blocks]
-
-    def layout(self, input_ids: Tensor, num_media: int) -> MediaLayout:
-        """Raises ValueError where a row has more <image> tokens than there are images."""
-        return MediaLayout.from_locations(input_ids == self.config.image_token_id, num_media)
-
     def forward(
         self,
         input_ids: Tensor,
@@ -149,34 +109,8 @@ class MiniFlamingo(nn.Module):
         media: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """input_ids int64[B, T] with one <image> per image, and either images or their visual tokens (`encode_media`)
-        -> logits float[B, T, V]. attention_mask bool[B, T] is false at padding."""
-        media = self._media(images, media, input_ids)
-        read_images = self._reader(self.project_media(media), self.layout(input_ids, media.shape[1]))
-        return self.language_model(input_ids, attention_mask, before_layer=read_images)
-
-    def prefill(self, input_ids: Tensor, media: Tensor, slots: int) -> tuple[Tensor, DecodingState]:
-        """Reads the prompt (padded on the left) -> the next token's logits float[B, V], and a state with room for
-        `slots` tokens, the prompt's included."""
-        cache = self.language_model.allocate_cache(len(input_ids), slots)
-        media_kv = self.project_media(media)
-        layout = self.layout(input_ids, media.shape[1])
-        logits = self.language_model(
-            input_ids, input_ids != self.config.pad_token_id, cache, self._reader(media_kv, layout), last_only=True
-        )
-        current = layout.media_index[:, -1]
-        state = DecodingState(
-            cache,
-            [kv and kv.select(current) for kv in media_kv],
-            MediaLayout(current.clamp(max=0)[:, None], num_media=1),
-        )
-        return logits[:, 0], state
-
-    def decode(self, tokens: Tensor, state: DecodingState) -> Tensor:
-        """Appends tokens int64[B, T] (no <image> among them) -> logits float[B, T, V]."""
-        seen = state.layout.media_index.expand(-1, tokens.shape[1])
-        read_images = self._reader(state.media_kv, MediaLayout(seen, num_media=1))
-        return self.language_model(tokens, cache=state.cache, before_layer=read_images)
+        """As `ConditionedLanguageModel.forward`, from either images or their visual tokens (`encode_media`)."""
+        return super().forward(input_ids, self._media(images, media), attention_mask)
 
     @torch.inference_mode()
     def generate(
@@ -190,57 +124,14 @@ class MiniFlamingo(nn.Module):
         top_p: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Continues prompts int64[B, T], padded on the left -> int64[B, at most max_new_tokens], the new tokens alone.
+        """As `ConditionedLanguageModel.generate`, from either images or their visual tokens."""
+        media = self._media(images, media)
+        return super().generate(input_ids, media, max_new_tokens, temperature, top_k, top_p, generator)
 
-        A row ends at the end-of-chunk token, which it keeps, and is padded behind it. Neither padding nor <image> is
-        ever chosen: a new image cannot come out of text. Raises ValueError as `forward` and `choose_token` do.
-        """
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
-        if not input_ids.numel() or (input_ids[:, -1] == self.config.pad_token_id).any():
-            raise ValueError("every prompt must end in a token to continue: pad prompts on the left")
-        config = self.config
-        media = self._media(images, media, input_ids)
-        logits, state = self.prefill(input_ids, media, input_ids.shape[1] + max_new_tokens)
-        forbidden = torch.tensor([config.pad_token_id, config.image_token_id], device=input_ids.device)
-        ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        tokens = []
-        while True:
-            logits = logits.index_fill(-1, forbidden, float("-inf"))
-            token = choose_token(logits, temperature, top_k, top_p, generator).where(~ended, config.pad_token_id)
-            tokens.append(token)
-            ended |= token == config.eoc_token_id
-            if len(tokens) == max_new_tokens or ended.all():
-                return torch.stack(tokens, dim=1)
-            logits = self.decode(token[:, None], state)[:, -1]
-
-    def _gated(self, layer: int) -> GatedCrossAttentionBlock | None:
-        name = str(layer)
-        return self.gated_layers[name] if name in self.gated_layers else None
-
-    def _media(self, images: Tensor | None, media: Tensor | None, input_ids: Tensor) -> Tensor:
+    def _media(self, images: Tensor | None, media: Tensor | None) -> Tensor:
         if (images is None) == (media is None):
             raise ValueError("give exactly one of images and media; for text alone call language_model")
-        media = self.encode_media(images) if media is None else media
-        if media.dim() != 4 or not media.shape[1]:
-            raise ValueError(f"there must be media float[B, M, L, D] with M at least 1; got shape {list(media.shape)}")
-        if input_ids.dim() != 2 or len(input_ids) != len(media):
-            raise ValueError(f"input_ids must be [B, T] with one row for each of {len(media)} rows of images; "
-                             f"got shape {list(input_ids.shape)}")  # fmt: skip
-        return media
-
-    def _reader(self, media_kv: list[MediaKV | None], layout: MediaLayout) -> Callable[[int, Tensor], Tensor]:
-        def read_images(layer: int, x: Tensor) -> Tensor:
-            block = self._gated(layer)
-            return x if block is None else block(x, media_kv[layer], layout)
-
-        return read_images
-
-
-def _sharpen(attention: nn.Module, gain: float) -> None:
-    with torch.no_grad():
-        attention.to_q.weight *= gain
-        attention.to_kv.weight[: attention.inner] *= gain
+        return self.encode_media(images) if media is None else media
 
 
 def parameter_table(model: nn.Module) -> list[dict[str, str | int]]:

@@ -48,8 +48,15 @@ class PerceiverResampler(nn.Module):
         )
         self.norm = nn.LayerNorm(dim)
 
-    def flatten_media(self, x: Tensor) -> Tensor:
-        """Adds the time embeddings and joins frames and patches: float[B, M, F, P, D] -> float[B * M, F * P, D]."""
+    def flatten_media(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """What the layers read: x float[B, P, D], [B, M, P, D] or [B, M, F, P, D] -> float[N, F * P, D] with its time
+        embeddings, frames and patches joined; and the leading axes, (B,) or (B, M), that N stands for."""
+        if x.dim() not in (3, 4, 5):
+            raise ValueError(f"x must be [B, P, D], [B, M, P, D] or [B, M, F, P, D]; got shape {list(x.shape)}")
+        check_width("x", x, x.dim(), self.dim)
+        leading = x.shape[:1] if x.dim() == 3 else x.shape[:2]
+        if x.dim() < 5:
+            x = rearrange(x, "b p d -> b 1 1 p d") if x.dim() == 3 else rearrange(x, "b m p d -> b m 1 p d")
         _, media, frames = x.shape[:3]
         if self.frame_embs is not None:
             _check_at_most("max_num_frames", frames, len(self.frame_embs))
@@ -58,24 +65,26 @@ class PerceiverResampler(nn.Module):
         if self.media_time_embs is not None:
             _check_at_most("max_num_media", media, len(self.media_time_embs))
             x = x + self.media_time_embs[:media]
-        return x.flatten(0, 1)
+        return x.flatten(0, 1), leading
 
     def forward(self, x: Tensor, num_latents: int | None = None, depth: int | None = None) -> Tensor:
         """Raises ValueError for another rank or width, too many frames or images, or a count outside what was built."""
-        if x.dim() not in (3, 4, 5):
-            raise ValueError(f"x must be [B, P, D], [B, M, P, D] or [B, M, F, P, D]; got shape {list(x.shape)}")
-        check_width("x", x, x.dim(), self.dim)
-        one_image = x.dim() == 3
-        if x.dim() < 5:
-            x = rearrange(x, "b p d -> b 1 1 p d") if one_image else rearrange(x, "b m p d -> b m 1 p d")
-        media = self.flatten_media(x)
-        latents = self.latents[: _checked_count("num_latents", num_latents, len(self.latents))]
-        latents = latents.expand(media.shape[0], -1, -1)
-        for attention, feed_forward in self.layers[: _checked_count("depth", depth, len(self.layers))]:
-            latents = attention(media, latents) + latents
-            latents = feed_forward(latents) + latents
-        latents = self.norm(latents)
-        return latents if one_image else latents.unflatten(0, x.shape[:2])
+        media, leading = self.flatten_media(x)
+        latents = self.first_latents(len(media), num_latents)
+        for layer in range(checked_count("depth", depth, len(self.layers))):
+            latents = self.run_layer(layer, media, latents)
+        return self.norm(latents).unflatten(0, leading)
+
+    def first_latents(self, images: int, num_latents: int | None = None) -> Tensor:
+        """What the first layer starts from, float[images, L, D]."""
+        count = checked_count("num_latents", num_latents, len(self.latents))
+        return self.latents[:count].expand(images, -1, -1)
+
+    def run_layer(self, layer: int, media: Tensor, latents: Tensor) -> Tensor:
+        """One layer: the latents float[N, L, D] read the patches float[N, P, D]."""
+        attention, feed_forward = self.layers[layer]
+        latents = attention(media, latents) + latents
+        return feed_forward(latents) + latents
 
     def flops(self, patches: int, num_latents: int | None = None, depth: int | None = None) -> int:
         """Operations for one image (patches: over all frames)."""
@@ -106,7 +115,7 @@ class DirectSelfAttention(nn.Module):
         return len(self.layers) * (attention.flops(patches) + feed_forward.flops(patches))
 
 
-def _checked_count(name: str, count: int | None, built: int) -> int:
+def checked_count(name: str, count: int | None, built: int) -> int:
     if count is None:
         return built
     if not 1 <= count <= built:

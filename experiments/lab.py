@@ -1,4 +1,4 @@
-"""What every experiment is given: the trained model, held-out questions, larger shapes to time, and how long to measure.
+"""What every experiment is given: the trained model, held-out questions, larger shapes to time, how long to measure.
 
 Quality is always the trained model's, on held-out data. Larger shapes have untrained weights and serve for timing only:
 no figure that depends on content may come from them.

@@ -18,6 +18,7 @@ MODELS = [
     "vision_encoder",
     "language_model",
     "token_sampling",
+    "conditioned_language_model",
     "mini_flamingo",
     "interleaved_text",
     "mini_flamingo_checkpoint",
