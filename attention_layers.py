@@ -175,13 +175,14 @@ def _attend_to_all_so_far(q: Tensor, kv: MediaKV, layout: MediaLayout) -> Tensor
     return attend(q.transpose(1, 2), k, v, mask=mask).transpose(1, 2).masked_fill(~sees[..., None], 0)
 
 
-Rotary = tuple[Tensor, Tensor]  # cosines and sines float32[T, E/2]
+Rotary = tuple[Tensor, Tensor]  # cosines and sines float32[T, E/2], or float32[B, 1, T, E/2]
 
 
 def rotary_embedding(positions: Tensor, dim_head: int, base: float = 10_000.0) -> Rotary:
-    """positions int64[T] -> the angles of rotary position embeddings (Su et al. 2021), as cosines and sines."""
+    """positions int64[T], or int64[B, 1, T] where rows differ -> the angles of rotary position embeddings (Su et al.
+    2021), as cosines and sines."""
     frequencies = base ** (-torch.arange(0, dim_head, 2, device=positions.device, dtype=torch.float32) / dim_head)
-    angles = positions[:, None].float() * frequencies
+    angles = positions[..., None].float() * frequencies
     return angles.cos(), angles.sin()
 
 
@@ -206,9 +207,10 @@ class KVCache:
         return KVCache(like.new_zeros(shape), like.new_zeros(shape))
 
     def write(self, positions: Tensor, k: Tensor, v: Tensor) -> None:
-        """Stores k and v float[B, H, T, E] at slots int64[T]."""
-        self.k.index_copy_(2, positions, k)
-        self.v.index_copy_(2, positions, v)
+        """Stores k and v float[B, H, T, E] at each row's slots int64[B, T]."""
+        slots = positions[:, None, :, None].expand_as(k)
+        self.k.scatter_(2, slots, k)
+        self.v.scatter_(2, slots, v)
 
 
 class SelfAttentionLayer(nn.Module):
@@ -233,8 +235,8 @@ class SelfAttentionLayer(nn.Module):
         """mask bool[B, 1, T, S] replaces the causal mask (a cache needs one); rotary (`rotary_embedding`) turns q and
         k.
 
-        With a cache, new keys and values go to slots `positions` int64[T] and the queries see all S slots the mask
-        allows.
+        With a cache, new keys and values go to each row's slots `positions` int64[B, T] and the queries see all S slots
+        the mask allows.
         """
         assert cache is None or (mask is not None and positions is not None), (
             "a cache has slots that are not filled yet"

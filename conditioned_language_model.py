@@ -9,7 +9,7 @@ Legend: B batch, T text tokens, M images per sequence, L visual tokens per image
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -100,8 +100,11 @@ class ConditionedLanguageModel(nn.Module):
         )
         return logits[:, 0], state
 
-    def decode(self, tokens: Tensor, state: DecodingState) -> Tensor:
-        """Appends tokens int64[B, T] (no <image> among them) -> logits float[B, T, V]."""
+    def decode(self, tokens: Tensor, state: DecodingState, start: Tensor | None = None) -> Tensor:
+        """Appends tokens int64[B, T] (no <image> among them) -> logits float[B, T, V]. start int64[B]: the slot of each
+        row's first token, behind the last one or before it; whatever stood there and further on is forgotten."""
+        if start is not None:
+            state.cache.length.copy_(start)
         seen = state.layout.media_index.expand(-1, tokens.shape[1])
         read_images = self._reader(state.media_kv, MediaLayout(seen, num_media=1))
         return self.language_model(tokens, cache=state.cache, before_layer=read_images)
@@ -136,6 +139,20 @@ class ConditionedLanguageModel(nn.Module):
             if len(tokens) == max_new_tokens or ended.all():
                 return torch.stack(tokens, dim=1)
             logits = self.decode(token[:, None], state)[:, -1]
+
+    def first_layers(self, depth: int) -> "ConditionedLanguageModel":
+        """The model that ends after its first `depth` layers, sharing their weights. Raises ValueError for a depth that
+        it does not have."""
+        if not 1 <= depth <= self.config.depth:
+            raise ValueError(f"depth must be between 1 and {self.config.depth}; got {depth}")
+        shallow = ConditionedLanguageModel(replace(self.config, depth=depth)).requires_grad_(False)
+        shallow.language_model.embedding, shallow.language_model.norm = (
+            self.language_model.embedding,
+            self.language_model.norm,
+        )
+        shallow.language_model.layers = self.language_model.layers[:depth]
+        shallow.gated_layers = nn.ModuleDict({i: block for i, block in self.gated_layers.items() if int(i) < depth})
+        return shallow.train(self.training)
 
     def _gated(self, layer: int) -> GatedCrossAttentionBlock | None:
         name = str(layer)

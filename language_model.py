@@ -27,8 +27,8 @@ class LanguageModelCache:
     """Everything a decoding step needs of the tokens before it, in tensors whose shapes never change.
 
     kv: per layer. mixed: per layer float[B, S + 3, D], what the token mixing saw, behind 3 zeros. is_token bool[B, S],
-    false at padding. length int64[], the slots filled so far; lower it to take tokens back (they are overwritten
-    later).
+    false at padding. length int64[B], the slots that each row has filled so far; lower it to take tokens back (they are
+    overwritten later).
     """
 
     kv: list[KVCache]
@@ -39,7 +39,8 @@ class LanguageModelCache:
 
 @dataclass(frozen=True)
 class _Context:
-    """What all layers of one forward share: the tokens' slots, their rotations, padding and the attention mask."""
+    """What all layers of one forward share: the tokens' slots int64[B, T] (int64[T] without a cache), their rotations,
+    padding and the attention mask."""
 
     positions: Tensor
     rotary: Rotary
@@ -62,9 +63,10 @@ class TokenMix(nn.Module):
         if history is None:
             window = F.pad(mixed, (0, 0, MIX_WIDTH - 1, 0))
         else:
-            history.index_copy_(1, context.positions + MIX_WIDTH - 1, mixed)
+            rows = torch.arange(len(x), device=x.device)[:, None]
+            history[rows, context.positions + MIX_WIDTH - 1] = mixed
             reach = torch.arange(x.shape[1] + MIX_WIDTH - 1, device=x.device)
-            window = history.index_select(1, context.positions[0] + reach)
+            window = history[rows, context.positions[:, :1] + reach]
         return x + self.convolution(window.transpose(1, 2)).transpose(1, 2)
 
 
@@ -98,7 +100,7 @@ class CausalLanguageModel(nn.Module):
             kv=[KVCache.allocate(batch, self.heads, slots, self.dim // self.heads, like) for _ in self.layers],
             mixed=[like.new_zeros(batch, slots + MIX_WIDTH - 1, self.dim) for _ in self.layers],
             is_token=torch.zeros(batch, slots, dtype=torch.bool, device=like.device),
-            length=torch.zeros((), dtype=torch.int64, device=like.device),
+            length=torch.zeros(batch, dtype=torch.int64, device=like.device),
         )
 
     def forward(
@@ -127,18 +129,20 @@ class CausalLanguageModel(nn.Module):
             raise ValueError(f"attention_mask {list(is_token.shape)} does not fit input_ids {list(input_ids.shape)}")
         device = input_ids.device
         positions = torch.arange(input_ids.shape[1], device=device)
-        if cache is not None:
-            positions = positions + cache.length
-        rotary = rotary_embedding(positions, self.dim // self.heads)
         if cache is None:
-            keys, is_key = positions, is_token
+            rotary, keys, is_key = self._rotary(positions), positions, is_token
         else:
+            positions = positions + cache.length[:, None]
+            rotary = self._rotary(positions[:, None])
             written = torch.ones_like(input_ids, dtype=torch.bool) if is_token is None else is_token
-            cache.is_token.index_copy_(1, positions, written)
+            cache.is_token.scatter_(1, positions, written)
             keys, is_key = torch.arange(cache.is_token.shape[1], device=device), cache.is_token
         if is_key is None:
             return _Context(positions, rotary, None, None)
         # Padding attends to itself: a softmax over nothing is undefined, and nobody reads its result.
-        itself = keys == positions[:, None]
-        mask = ((keys <= positions[:, None]) & is_key[:, None, None, :]) | itself
+        at = positions[..., None] if cache is None else positions[:, None, :, None]
+        mask = ((keys <= at) & is_key[:, None, None, :]) | (keys == at)
         return _Context(positions, rotary, is_token, mask)
+
+    def _rotary(self, positions: Tensor) -> Rotary:
+        return rotary_embedding(positions, self.dim // self.heads)

@@ -348,7 +348,7 @@ def test_cached_steps_are_the_full_pass(chunks):
             positions = torch.arange(start, start + chunk)
             mask = (torch.arange(slots) <= positions[:, None]).expand(2, 1, -1, -1)
             rotary = rotary_embedding(positions, DIM_HEAD)
-            steps.append(layer(x[:, start : start + chunk], mask, rotary, cache, positions))
+            steps.append(layer(x[:, start : start + chunk], mask, rotary, cache, positions.expand(2, -1)))
             start += chunk
     assert cache.k.shape == (2, HEADS, slots, DIM_HEAD)
     assert_same(torch.cat(steps, dim=1), full.detach())
@@ -369,7 +369,7 @@ def test_a_cached_step_compiles_as_one_graph():
     @torch.no_grad()
     def step(cache, positions):
         mask = (torch.arange(6) <= positions[:, None]).expand(2, 1, -1, -1)
-        return layer(x, mask, rotary_embedding(positions, DIM_HEAD), cache, positions)
+        return layer(x, mask, rotary_embedding(positions, DIM_HEAD), cache, positions.expand(2, -1))
 
     caches = [KVCache.allocate(2, HEADS, 6, DIM_HEAD, like=x) for _ in range(2)]
     compiled = torch.compile(step, backend="eager", fullgraph=True)
@@ -388,7 +388,7 @@ def test_self_attention_flops_are_those_of_its_matrix_products():
     assert count_flops(lambda: layer(x)) == 2 * layer.flops(tokens=7)
     cache = KVCache.allocate(2, HEADS, 11, DIM_HEAD, like=x)
     mask = torch.ones(2, 1, 7, 11, dtype=torch.bool)
-    counted = count_flops(lambda: layer(x, mask, cache=cache, positions=torch.arange(7)))
+    counted = count_flops(lambda: layer(x, mask, cache=cache, positions=torch.arange(7).expand(len(x), -1)))
     assert counted == 2 * layer.flops(tokens=7, keys=11)
 
 
