@@ -6,7 +6,6 @@ interruption would spoil. `matmul_ceiling` and `copy_ceiling` measure what this 
 table can state how far from it a layer is. Left out: energy, and several devices at once.
 """
 
-import argparse
 import gc
 import os
 import platform
@@ -63,17 +62,6 @@ def choose_device(name: str | None) -> torch.device:
             f"--device {name} cannot be used here ({reason}); use cpu, or cuda where there is a GPU"
         ) from None
     return device
-
-
-def positive_int(text: str) -> int:
-    """An argparse type: a whole number, 1 or more."""
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number, 1 or more; got {text!r}")
-    return number
 
 
 def seed_everything(seed: int, device: torch.device | str = "cpu") -> torch.Generator:

@@ -9,7 +9,6 @@ checkpoint on scenes that it never saw in training.
 """
 
 import argparse
-import tempfile
 from copy import deepcopy
 from pathlib import Path
 
@@ -18,7 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import mini_flamingo_evaluation as evaluation
-from benchmarking import choose_device, compare, environment, matmul_ceiling, positive_int, seed_everything
+from benchmarking import choose_device, compare, environment, matmul_ceiling, seed_everything
+from command_line import positive_int, recorded, require_writable
 from exploration_plots import plot_captions, plot_gates, plot_latents
 from gated_cross_attention import GatedCrossAttentionBlock
 from interleaved_text import END_OF_CHUNK, WordTokenizer
@@ -39,7 +39,6 @@ from sample_images import FOLDER, load_samples
 
 __all__ = ["GatedCrossAttentionBlock", "MiniFlamingo", "PerceiverResampler", "main"]
 
-ROOT = Path(__file__).resolve().parent
 SEED = 0  # of the first demonstration's random weights and features
 PATCHES = 576  # a 384-pixel image in 16-pixel patches
 
@@ -241,35 +240,6 @@ def print_model(result: dict) -> None:
     print(
         "\n" + table(result["accuracy"], columns, "   right word for word, on held-out scenes of 1 to 8 objects") + "\n"
     )
-
-
-def require_writable(arguments: argparse.Namespace) -> None:
-    """Makes the folders of --json and --plot. Raises ValueError where nothing can be written there."""
-    if arguments.json and arguments.json.is_dir():
-        raise ValueError(f"--json {arguments.json} is a folder: expected the name of a file")
-    places = {"--json": (arguments.json, arguments.json and arguments.json.parent), "--plot": (arguments.plot,) * 2}
-    for option, (path, folder) in places.items():
-        if path is None:
-            continue
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise ValueError(f"{option} {path} cannot be written: {error.strerror}") from None
-
-
-def recorded(arguments: argparse.Namespace) -> dict:
-    """Every argument; a path inside the repository from its root, of one outside only the name: no machine shows."""
-
-    def plain(value: object) -> object:
-        if not isinstance(value, Path):
-            return value
-        if not value.is_absolute():
-            return value.as_posix()
-        inside = value.resolve().is_relative_to(ROOT)
-        return value.resolve().relative_to(ROOT).as_posix() if inside else value.name
-
-    return {name: plain(value) for name, value in vars(arguments).items()}
 
 
 def run(arguments: argparse.Namespace) -> dict:

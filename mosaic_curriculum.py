@@ -128,7 +128,7 @@ class MosaicCurriculum:
         """What the trained model scores on mosaics of test photographs. A caption is right if all four photographs are;
         "photograph" is the share of single photographs named rightly in it."""
         test = load_cifar10(self.root, "test")
-        exams = {kind: self.exam(test, kind, count) for kind in MOSAIC_KINDS}
+        exams = {kind: mosaic_exam(test, kind, count) for kind in MOSAIC_KINDS}
         said = answers(model, self.tokenizer, exams["list"])
         named = sum(
             _named(caption).get(place) == label
@@ -142,7 +142,9 @@ class MosaicCurriculum:
             "shuffled": scores(model, self.tokenizer, {kind: shuffled(exam) for kind, exam in exams.items()}),
         }
 
-    def exam(self, test: CIFAR10Images, kind: str, count: int) -> Exam:
-        images, labels = make_mosaics(test, count, GRID, torch.Generator().manual_seed(count))
-        rng = random.Random(kind)
-        return Exam([mosaic_example(row, kind, rng) for row in labels], images[:, None])
+
+def mosaic_exam(test: CIFAR10Images, kind: str, count: int) -> Exam:
+    """Questions of one kind about mosaics of test photographs."""
+    images, labels = make_mosaics(test, count, GRID, torch.Generator().manual_seed(count))
+    rng = random.Random(kind)
+    return Exam([mosaic_example(row, kind, rng) for row in labels], images[:, None])

@@ -80,10 +80,10 @@ def speculate(
 
     Greedy, unless `probabilities` turns logits into a distribution to sample from (temperature, top-p ...). `forbidden`
     tokens are never said. A row ends at `end_id`, which it keeps. The target's cache needs T + max_new_tokens + count
-    slots. Raises ValueError for a count or max_new_tokens below 1.
+    slots. A count of 0 is plain decoding. Raises ValueError for a count below 0 or max_new_tokens below 1.
     """
-    if count < 1 or max_new_tokens < 1:
-        raise ValueError(f"count and max_new_tokens must be at least 1; got {count} and {max_new_tokens}")
+    if count < 0 or max_new_tokens < 1:
+        raise ValueError(f"count must be at least 0 and max_new_tokens 1; got {count} and {max_new_tokens}")
     rows, width = prompts.shape
     text = torch.cat((prompts, prompts.new_full((rows, max_new_tokens + count + 1), pad_id)), dim=1)
     length = torch.full((rows,), width, device=prompts.device)
@@ -102,7 +102,7 @@ def speculate(
         # Rows that have ended read on at their last slots, to no effect.
         checked = allowed(target(torch.cat((last, guess.tokens), dim=1), length - 1))
         kept, following = _verify(checked, guess, probabilities, generator)
-        said = torch.cat((guess.tokens, guess.tokens[:, :1]), dim=1).scatter(1, kept[:, None], following[:, None])
+        said = torch.cat((guess.tokens, last), dim=1).scatter(1, kept[:, None], following[:, None])
         is_end = (said == end_id) & (block <= kept[:, None])
         until = torch.where(is_end.any(1), is_end.int().argmax(1), kept) + 1  # words gained, the end among them
         until = until.minimum(width + max_new_tokens - length)
@@ -155,17 +155,16 @@ class _Reader:
     def __init__(self, scorer: Scorer, read: int):
         self.scorer, self.first, self.read = scorer, read, None
 
-    def catch_up(self, text: Tensor, length: Tensor, fill: int, further: int = 0) -> Tensor:
-        """Reads each row up to its length and then `fill` tokens -> the logits of the last settled token and of
-        `further` fill tokens behind it, float[B, 1 + further, V].
+    def catch_up(self, text: Tensor, length: Tensor, count: int, fill: int, further: int = 0) -> Tensor:
+        """Reads what each row has gained, at most count + 1 tokens, and then `fill` tokens -> the logits of the last
+        settled token and of `further` fill tokens behind it, float[B, 1 + further, V].
 
-        Rows may have gained different numbers of tokens but read equally many: the others read more `fill` tokens at
-        the end, which nobody asks for and which are forgotten. No row reads anything twice.
+        Always reads count + 1 + further tokens, so that shapes never change: rows that gained fewer read more `fill`
+        tokens at the end, which nobody asks for and which are forgotten. No row reads its prompt again.
         """
         read = torch.full_like(length, self.first) if self.read is None else self.read
-        read = read.minimum(length - 1)  # the last token's logits are wanted, so it is read again if need be
-        tokens = int((length - read).max()) + further
-        slots = read[:, None] + torch.arange(tokens, device=text.device)
+        read = read.minimum(length - 1)  # a row that has gained nothing reads its last token again, for its logits
+        slots = read[:, None] + torch.arange(count + 1 + further, device=text.device)
         settled = text.gather(1, slots.clamp(max=text.shape[1] - 1))
         logits = self.scorer(settled.where(slots < length[:, None], fill), read)
         self.read = length.clone()
@@ -189,7 +188,7 @@ class ModelDraft(_Reader):
         self.forbidden, self.probabilities, self.generator = forbidden, probabilities, generator
 
     def propose(self, text: Tensor, length: Tensor, count: int) -> Proposal:
-        logits = self.catch_up(text, length, fill=0)
+        logits = self.catch_up(text, length, count, fill=0)
         tokens, drawn_from = [], []
         forbidden = torch.tensor(self.forbidden, dtype=torch.int64, device=text.device)
         for i in range(count):
@@ -211,7 +210,7 @@ class ParallelDraft(_Reader):
         self.mask_id, self.forbidden = mask_id, forbidden
 
     def propose(self, text: Tensor, length: Tensor, count: int) -> Proposal:
-        logits = self.catch_up(text, length, self.mask_id, further=count - 1)
+        logits = self.catch_up(text, length, count, self.mask_id, further=count - 1)
         forbidden = torch.tensor(self.forbidden, dtype=torch.int64, device=text.device)
         return Proposal(logits.index_fill(-1, forbidden, float("-inf")).argmax(-1))
 
@@ -235,6 +234,14 @@ class PromptLookup:
         follows = torch.where(follows >= 0, follows, length - 1)
         take = follows[:, None] + torch.arange(count, device=text.device)
         return Proposal(text.gather(1, take.minimum(length[:, None] - 1)))
+
+
+class NoDraft:
+    """Guesses nothing: with a count of 0, plain decoding."""
+
+    def propose(self, text: Tensor, length: Tensor, count: int) -> Proposal:
+        assert count == 0
+        return Proposal(text[:, :0])
 
 
 def expected_tokens_per_pass(acceptance: float, count: int) -> float:

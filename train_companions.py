@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import companions
-from benchmarking import choose_device, environment, positive_int
+from benchmarking import choose_device, environment
+from command_line import positive_int
 from companions import CHEAP_COUNTS
 from conditioned_language_model import ConditionedLanguageModel
 from interleaved_text import UNASKED, tokenize
@@ -141,7 +142,7 @@ class CompanionTrainer:
         """Stopping loses an image if it is right after all layers and not after so many."""
         patches, _, texts = self.scenes(step, size)
         with torch.no_grad():
-            found = self.after_each_depth(patches)
+            found = self.after_each_depth(patches, step.rng.choice((32, 64)))
         right = torch.stack([self.says_it(each, texts) for each in found], dim=1)
         heads = self.modules["exit_heads"]
         logits = torch.cat([head.logits(each) for head, each in zip(heads, found, strict=False)], dim=1)

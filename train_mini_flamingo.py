@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarking import choose_device, environment, positive_int
+from benchmarking import choose_device, environment
+from command_line import positive_int
 from interleaved_text import UNASKED
 from mini_flamingo import MiniFlamingo
 from mini_flamingo_checkpoint import SHIPPED, save_mini_flamingo, save_weights

@@ -8,27 +8,32 @@ import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import mini_flamingo_evaluation as evaluation
 from benchmarking import Timing, compare, seed_everything
+from cifar_utils import load_cifar10
 from interleaved_text import WordTokenizer
 from mini_flamingo import MiniFlamingo, MiniFlamingoConfig
 from mini_flamingo_evaluation import Encode, Exam
+from mosaic_curriculum import mosaic_exam
+from shapes_world import MAX_OBJECTS
 
 SEED = 0  # of random weights, inputs and choices
 
 
 @dataclass(frozen=True)
 class Lab:
-    """model: the trained one, in `dtype` on `device`, eval mode. exams: by name, the first is the one that "quality"
-    means; calibration: others of that kind, to set thresholds on. preset: the larger shapes. seconds: how long one
-    comparison measures."""
+    """model: the trained one, in `dtype` on `device`, eval mode; folder: where it and its companions are. exams: by
+    name, the first is the one that "quality" means; calibration: others of that kind, to set thresholds on. preset:
+    the larger shapes. seconds: how long one comparison measures."""
 
     model: MiniFlamingo
     tokenizer: WordTokenizer
+    folder: Path
     exams: Mapping[str, Exam]
     calibration: Exam
     arguments: argparse.Namespace  # data, quick, seconds and whatever else the command line says
@@ -79,6 +84,20 @@ class Lab:
         """Random inputs from the seed."""
         values = torch.randn(shape, generator=torch.Generator().manual_seed(SEED))
         return values.to(self.device, self.dtype)
+
+
+def exams_of(data: str, cifar_root: Path | None, count: int) -> tuple[dict[str, Exam], Exam]:
+    """The exams of a data set, by name, and the one for calibration: captions of held-out images."""
+    if data == "cifar10":
+        test = load_cifar10(cifar_root, "test")
+        both = mosaic_exam(test, "list", 2 * count)
+        halves = [Exam(both.examples[part], both.images[part]) for part in (slice(count), slice(count, None))]
+        return {"mosaics": halves[0]}, halves[1]
+    exams = {
+        "scenes of 1-8 objects": evaluation.caption_exam(count, seed=1),
+        "scenes of 8-10 objects": evaluation.caption_exam(count, objects=(8, MAX_OBJECTS), seed=4),
+    }
+    return exams, evaluation.caption_exam(max(count, 512), seed=5)
 
 
 def point(setting: str, speedup: float, quality: float | None = None, num_bytes: int | None = None) -> dict:

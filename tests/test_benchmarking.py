@@ -14,6 +14,7 @@ import torch
 
 import benchmarking
 from benchmarking import Timing, choose_device, compare, default_device, measure, peak_memory
+from command_line import positive_int
 
 MIB = 2**20
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -75,13 +76,13 @@ def test_a_gpu_that_is_not_there_is_one_sentence():
 
 @pytest.mark.parametrize(("text", "number"), [("1", 1), ("12", 12), (" 3 ", 3)])
 def test_a_positive_int_is_read(text, number):
-    assert benchmarking.positive_int(text) == number
+    assert positive_int(text) == number
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "1.5", "2e3", "", "many", "nan", "1 2"])
 def test_what_is_no_positive_int_is_one_sentence_of_argparse(text, capsys):
     parser = argparse.ArgumentParser(exit_on_error=False)
-    parser.add_argument("--threads", type=benchmarking.positive_int)
+    parser.add_argument("--threads", type=positive_int)
     with pytest.raises(argparse.ArgumentError) as error:
         parser.parse_args([f"--threads={text}"])
     assert str(error.value) == f"argument --threads: expected a whole number, 1 or more; got {text!r}"

@@ -32,7 +32,9 @@ MODELS = [
     "mosaic_curriculum",
 ]
 OPTIMIZATIONS = [
+    "content_keys",
     "visual_token_cache",
+    "confidence_head",
     "reduced_tokens",
     "sparse_cross_attention",
     "reduced_precision",
@@ -40,10 +42,11 @@ OPTIMIZATIONS = [
     "speculative_decoding",
     "optimized_flamingo",
 ]
-HELPERS = ["benchmarking", "reporting"]
-PARTS_OF_SCRIPTS = ["sample_images", "exploration_plots"]
+HELPERS = ["benchmarking", "reporting", "command_line"]
+PARTS_OF_SCRIPTS = ["sample_images", "exploration_plots", "companions", "experiments", "optimization_plots"]
 SCRIPTS = [
     "train_mini_flamingo",
+    "train_companions",
     "flamingo_paper_exploration",
     "flamingo_optimization",
     "compare_peers",

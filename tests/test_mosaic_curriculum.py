@@ -25,7 +25,7 @@ from cifar_utils import CLASSES, MOSAIC_KINDS, MOSAIC_VOCABULARY
 from interleaved_text import END_OF_CHUNK, IMAGE, UNASKED, WordTokenizer, answer_of, prompt_of
 from mini_flamingo import MiniFlamingo
 from mini_flamingo_checkpoint import load_mini_flamingo, load_tokenizer
-from mosaic_curriculum import TEXT_LENGTH, MosaicCurriculum, augment, mosaic_targets
+from mosaic_curriculum import TEXT_LENGTH, MosaicCurriculum, augment, mosaic_exam, mosaic_targets
 from reporting import write_json
 from tiny_flamingo import TINY, tiny_flamingo
 from training_loop import Stage, Step, train_stage
@@ -348,7 +348,7 @@ def test_the_report_is_complete(mosaics, monkeypatch, tmp_path):
 def test_an_exam_asks_about_test_photographs(mosaics):
     test = curriculum.load_cifar10(mosaics.root, "test")
     for kind in MOSAIC_KINDS:
-        exam, again = (mosaics.exam(test, kind, 20) for _ in range(2))
+        exam, again = (mosaic_exam(test, kind, 20) for _ in range(2))
         assert exam.examples == again.examples and torch.equal(exam.images, again.images)
         assert (exam.images[:, :, 1] == 200).all(), "green tells the split"
         for example, labels in zip(exam.examples, classes_of(exam.images[:, 0]).tolist(), strict=True):

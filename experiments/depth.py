@@ -1,0 +1,191 @@
+"""Experiment 5: how deep each image goes through the resampler."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import companions
+from adaptive_resampler import AdaptivePerceiverResampler, CoarseToFineResampler, risks
+from confidence_head import calibrated_threshold, loses_at
+from experiments.lab import SEED, Lab, point, share
+from mini_flamingo_evaluation import Exam
+from perceiver_resampler import PerceiverResampler
+from reporting import Column, format_count, format_percent, format_ratio, format_seconds, table
+
+BUDGETS = (0.0, 0.0025, 0.005, 0.01, 0.02)  # shares of the answers that leaving early may lose
+TIMED = 64  # images
+
+
+def run(lab: Lab) -> dict:
+    coarse = companions.load(companions.coarse_to_fine(lab.model.config), "coarse_to_fine", lab.folder)
+    heads = companions.load(companions.exit_heads(lab.model.config), "exit_heads", lab.folder)
+    coarse, heads = coarse.to(lab.device, lab.dtype), heads.to(lab.device, lab.dtype)
+    bar = tqdm(total=5, desc="adaptive depth", leave=False)
+    plain_right = right_by_depth(lab, lab.model.resampler, lab.seen_exam)
+    bar.update()
+    coarse_right = right_by_depth(lab, coarse, lab.seen_exam)
+    bar.update()
+    calibration = lab.seen["calibration"]
+    right = right_by_depth(lab, coarse, calibration)
+    loses = right[:, -1:] & ~right[:, :-1]
+    risk = risk_of(coarse, heads, calibration)
+    bar.update()
+    thresholds = {budget: calibrated_threshold(risk, loses, budget) for budget in BUDGETS}
+    patches = lab.seen_exam.images[:TIMED]
+    fixed = time_fixed(lab, coarse, patches)
+    bar.update()
+    ways = {b: AdaptivePerceiverResampler(coarse, heads, thresholds[b]) for b in BUDGETS}
+    adaptive = [adaptive_row(lab, ways[b], b, coarse_right) for b in BUDGETS]
+    time_adaptive(lab, ways, patches, adaptive)
+    bar.close()
+    fixed_rows = [
+        {
+            "resampler": name,
+            "depth": depth,
+            "flops": resampler.flops(patches.shape[2], depth=depth),
+            "seconds": fixed[name, depth].median / len(patches),
+            "speedup": fixed[name, depth].speedup_over(fixed["plain", len(resampler.layers)]),
+            "right": share(of[:, depth - 1]),
+        }
+        for name, resampler, of in (
+            ("plain", lab.model.resampler, plain_right),
+            ("coarse to fine", coarse, coarse_right),
+        )
+        for depth in range(1, len(resampler.layers) + 1)
+    ]
+    return {
+        "fixed": fixed_rows,
+        "adaptive": adaptive,
+        "scenes": len(coarse_right),
+        "calibration scenes": len(right),
+        "calibration loses": [
+            {"budget": b, "loses": share(loses_at(risk, loses, thresholds[b]))} for b in BUDGETS
+        ],
+        "grids": list(coarse.grids),
+        "points": [
+            point(f"exit within {100 * row['budget']:.2g} points", row["speedup"], row["right"]) for row in adaptive
+        ],
+    }
+
+
+@torch.inference_mode()
+def right_by_depth(lab: Lab, resampler: PerceiverResampler, exam: Exam) -> Tensor:
+    """bool[N, depth]: which answers are right after 1, 2 ... layers, for every image."""
+
+    def stopped(depth: int) -> Callable[[Tensor], Tensor]:
+        return lambda patches: resampler(patches, depth=depth)
+
+    depths = range(1, len(resampler.layers) + 1)
+    return torch.stack([lab.right(exam, stopped(depth)) for depth in depths], dim=1)
+
+
+@torch.inference_mode()
+def risk_of(resampler: CoarseToFineResampler, heads: torch.nn.ModuleList, exam: Exam) -> Tensor:
+    """float[N, depth - 1]"""
+    return torch.cat([risks(resampler, heads, patches)[0] for patches in exam.images.split(64)]).cpu()
+
+
+def time_fixed(lab: Lab, coarse: CoarseToFineResampler, patches: Tensor) -> dict:
+    forms = {"plain": lab.model.resampler, "coarse to fine": coarse}
+    return lab.compare(
+        {
+            (name, depth): lambda form=form, depth=depth: form(patches, depth=depth)
+            for name, form in forms.items()
+            for depth in range(1, len(form.layers) + 1)
+        },
+        memory=False,
+    )
+
+
+@torch.inference_mode()
+def adaptive_row(lab: Lab, way: AdaptivePerceiverResampler, budget: float, right: Tensor) -> dict:
+    """Each image's answer is the one after its exit. Random exits: the same depths, dealt out to other images."""
+    exits = torch.cat([way.resample(each)[1] for each in lab.seen_exam.images.split(64)]).flatten().cpu()
+    depth = len(way.resampler.layers)
+    generator = torch.Generator().manual_seed(SEED)
+    dealt = [exits[torch.randperm(len(exits), generator=generator)] for _ in range(20)]
+
+    def right_at(exits: Tensor) -> float:
+        return share(right.gather(1, exits[:, None] - 1))
+
+    histogram = torch.bincount(exits, minlength=depth + 1)[1:].tolist()
+    return {
+        "budget": budget,
+        "threshold": way.threshold,
+        "depth": exits.double().mean().item(),
+        "exits": " / ".join(f"{count / len(exits):.0%}" for count in histogram),
+        "right": right_at(exits),
+        "random": sum(map(right_at, dealt)) / len(dealt),
+        "full": share(right[:, -1]),
+        "flops": sum(count * way.resampler.flops(lab.seen_exam.images.shape[2], depth=i) / len(exits)
+                     for i, count in enumerate(histogram, 1)),
+    }  # fmt: skip
+
+
+def time_adaptive(lab: Lab, ways: dict, patches: Tensor, rows: list[dict]) -> None:
+    """Adds each row's seconds per image, beside the full coarse-to-fine and the full plain resampler, and checks that
+    every image's visual tokens are those of its exit."""
+    way = next(iter(ways.values()))
+    functions: dict = {budget: lambda each=each: each(patches) for budget, each in ways.items()}
+    timings = lab.compare(
+        {"plain": lambda: lab.model.resampler(patches), "full": lambda: way.resampler(patches), **functions},
+        memory=False,
+    )
+    for row in rows:
+        with torch.inference_mode():
+            tokens, exits = ways[row["budget"]].resample(patches)
+            worst = max(
+                (tokens[exits == depth] - way.resampler(patches, depth=depth)[exits == depth]).abs().max().item()
+                for depth in exits.unique().tolist()
+            )
+        timing = timings[row["budget"]]
+        row |= {
+            "seconds": timing.median / len(patches),
+            "saved": 1 - timing.median / timings["full"].median,
+            "speedup": timing.speedup_over(timings["plain"]),
+            "error": worst,
+        }
+
+
+def show(result: dict) -> str:
+    plain = [row["right"] for row in result["fixed"] if row["resampler"] == "plain"]
+    coarse = [row["right"] for row in result["fixed"] if row["resampler"] != "plain"]
+    best = [row for row in result["adaptive"] if row["full"] - row["right"] <= 0.005]
+    most = max(best, key=lambda row: row["saved"], default=None)
+    fixed = [
+        "resampler", "depth", Column("flops", "FLOP/image", format_count),
+        Column("seconds", "per image", format_seconds),
+        Column("speedup", "over plain", format_ratio), Column("right", "right", format_percent),
+    ]  # fmt: skip
+    adaptive = [
+        Column("budget", "may lose", format_percent), Column("threshold", "", "{:.4f}".format),
+        Column("depth", "average depth"), Column("exits", "leave after 1 / 2 / 3 / 4"),
+        Column("flops", "FLOP/image", format_count), Column("seconds", "per image", format_seconds),
+        Column("saved", "time saved", format_percent), Column("speedup", "over plain", format_ratio),
+        Column("right", "right", format_percent), Column("random", "random exits", format_percent),
+        Column("error", "error", "{:.0e}".format),
+    ]  # fmt: skip
+    lines = [
+        table(result["fixed"], fixed, "5. Adaptive depth: what each layer of the resampler buys (trained model)"),
+        "",
+        f"The plain resampler has {plain[0]:.1%} after one layer and {plain[-1]:.1%} after all: "
+        + ("it is flat over depth, and " if plain[-1] - plain[0] < 0.05 else "")
+        + "an early exit has little to choose.",
+        f"Coarse to fine, its layers see the patches averaged over grids of {result['grids']} cells a side: "
+        f"{' / '.join(f'{each:.1%}' for each in coarse)}.",
+        "",
+        table(result["adaptive"], adaptive, "   each image leaves when a head says that going on gains nothing"),
+        "",
+        f"{result['scenes']} held-out scenes; thresholds set on {result['calibration scenes']} others. Time saved is "
+        "against all layers of the same resampler, heads included.",
+    ]
+    if most is None:
+        lines.append("No budget stays within 0.5 points of all layers on these scenes.")
+    else:
+        lines.append(
+            f"Within 0.5 points of all layers: {most['saved']:.1%} of the time saved at {most['depth']:.2f} layers on "
+            f"average; the same exits dealt out at random give {most['random']:.1%} instead of {most['right']:.1%}."
+        )
+    return "\n".join(lines)
