@@ -84,6 +84,11 @@ class MediaKV:
         image = image.clamp(min=0)
         return MediaKV(self.k[rows, image][:, None], self.v[rows, image][:, None])
 
+    def in_one_axis(self) -> tuple[Tensor, Tensor]:
+        """k and v float[B, H, M * L, E]: all images' keys, for a mask to choose from."""
+        k, v = (rearrange(each, "b m h l e -> b h (m l) e") for each in (self.k, self.v))
+        return k, v
+
     def repeat_rows(self, times: int) -> "MediaKV":
         """Each row `times` times in a row, for beams and several samples of one prompt."""
         return MediaKV(self.k.repeat_interleave(times, dim=0), self.v.repeat_interleave(times, dim=0))
@@ -124,6 +129,22 @@ class CrossAttention(nn.Module):
 
         Raises ValueError for another rank or width, for mismatched batches, and where the index names a missing image.
         """
+        layout = self.checked_layout(x, media_kv, media_index)
+        q = rearrange(self.to_q(self.norm(x)), "b t (h e) -> b t h e", h=self.heads)
+        if layout.num_media == 1:
+            out = self._attend_to_single_image(q, media_kv, layout)
+        elif self.only_attend_immediate_media:
+            out = self._attend_by_segment(q, media_kv, layout)
+        else:
+            out = self._attend_to_all_so_far(q, media_kv, layout)
+        return self.to_out(out.flatten(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The attention itself, as the function `attend`; a subclass may do it otherwise."""
+        return attend(q, k, v, mask)
+
+    def checked_layout(self, x: Tensor, media_kv: MediaKV, media_index: Tensor | MediaLayout) -> MediaLayout:
+        """Raises ValueError where these three cannot be `forward`'s arguments."""
         check_width("x", x, 3, self.dim)
         layout = media_index
         if not isinstance(layout, MediaLayout):
@@ -134,45 +155,35 @@ class CrossAttention(nn.Module):
                 f"x {list(x.shape)}, media_index {list(layout.media_index.shape)} for {layout.num_media} images, and "
                 f"the media of {rows} rows with {images} images do not belong together"
             )
-        q = rearrange(self.to_q(self.norm(x)), "b t (h e) -> b t h e", h=self.heads)
-        if not self.only_attend_immediate_media:
-            out = _attend_to_all_so_far(q, media_kv, layout)
-        elif layout.num_media == 1:
-            out = _attend_to_single_image(q, media_kv, layout)
-        else:
-            out = _attend_by_segment(q, media_kv, layout)
-        return self.to_out(out.flatten(2))
+        return layout
+
+    def _attend_to_single_image(self, q: Tensor, kv: MediaKV, layout: MediaLayout) -> Tensor:
+        out = self.attend(q.transpose(1, 2), kv.k[:, 0], kv.v[:, 0]).transpose(1, 2)
+        return out.masked_fill(~layout.sees_an_image[..., None, None], 0)
+
+    def _attend_by_segment(self, q: Tensor, kv: MediaKV, layout: MediaLayout) -> Tensor:
+        """Tokens are gathered by image, attend to that image alone, and are put back; the spare slot stays zero."""
+        segments = layout.segments
+        grouped = q.flatten(0, 1).index_select(0, segments.token.flatten())  # its backward is faster than indexing's
+        grouped = grouped.unflatten(0, segments.token.shape).transpose(1, 2)
+        k, v = kv.k.flatten(0, 1), kv.v.flatten(0, 1)
+        if len(segments.image) < k.shape[0]:  # some images are seen by no token: leave them out
+            k, v = k.index_select(0, segments.image), v.index_select(0, segments.image)
+        out = self.attend(grouped, k, v).transpose(1, 2).flatten(0, 1)
+        return F.pad(out, (0, 0, 0, 0, 0, 1)).index_select(0, segments.slot).unflatten(0, q.shape[:2])
+
+    def _attend_to_all_so_far(self, q: Tensor, kv: MediaKV, layout: MediaLayout) -> Tensor:
+        sees = layout.sees_an_image[..., None]
+        visible = layout.visible_media | ~sees  # a row with nothing to attend to would be undefined: zeroed below
+        mask = visible.repeat_interleave(kv.k.shape[3], dim=-1)[:, None]
+        out = self.attend(q.transpose(1, 2), *kv.in_one_axis(), mask).transpose(1, 2)
+        return out.masked_fill(~sees[..., None], 0)
 
     def flops(self, tokens: int, latents: int, images: int = 1) -> int:
         """Operations for one row: the projection of `images` images (0 once they are cached) and `tokens` text tokens
         that each read one image."""
         project = 4 * images * latents * self.dim_visual * self.inner
         return project + 4 * tokens * self.dim * self.inner + attention_flops(tokens, latents, self.inner)
-
-
-def _attend_to_single_image(q: Tensor, kv: MediaKV, layout: MediaLayout) -> Tensor:
-    out = attend(q.transpose(1, 2), kv.k[:, 0], kv.v[:, 0]).transpose(1, 2)
-    return out.masked_fill(~layout.sees_an_image[..., None, None], 0)
-
-
-def _attend_by_segment(q: Tensor, kv: MediaKV, layout: MediaLayout) -> Tensor:
-    """Tokens are gathered by image, attend to that image alone, and are put back; the spare slot stays zero."""
-    segments = layout.segments
-    grouped = q.flatten(0, 1).index_select(0, segments.token.flatten())  # its backward is faster than indexing's
-    grouped = grouped.unflatten(0, segments.token.shape).transpose(1, 2)
-    k, v = kv.k.flatten(0, 1), kv.v.flatten(0, 1)
-    if len(segments.image) < k.shape[0]:  # some images are seen by no token: leave them out
-        k, v = k.index_select(0, segments.image), v.index_select(0, segments.image)
-    out = attend(grouped, k, v).transpose(1, 2).flatten(0, 1)
-    return F.pad(out, (0, 0, 0, 0, 0, 1)).index_select(0, segments.slot).unflatten(0, q.shape[:2])
-
-
-def _attend_to_all_so_far(q: Tensor, kv: MediaKV, layout: MediaLayout) -> Tensor:
-    sees = layout.sees_an_image[..., None]
-    visible = layout.visible_media | ~sees  # a row with nothing to attend to would be undefined: zeroed below instead
-    mask = visible.repeat_interleave(kv.k.shape[3], dim=-1)[:, None]
-    k, v = (rearrange(each, "b m h l e -> b h (m l) e") for each in (kv.k, kv.v))
-    return attend(q.transpose(1, 2), k, v, mask=mask).transpose(1, 2).masked_fill(~sees[..., None], 0)
 
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines float32[T, E/2], or float32[B, 1, T, E/2]

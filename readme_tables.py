@@ -2,6 +2,7 @@
 
 data/mini_flamingo/training.json   how the shipped model was trained and what it scores
 results/exploration.json           flamingo_paper_exploration.py --json
+results/optimizations.json         flamingo_optimization.py --compile --json
 """
 
 import argparse
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from reporting import (
     Column,
+    format_bytes,
     format_count,
     format_percent,
     format_ratio,
@@ -81,6 +83,37 @@ def resampler_block(exploration: dict) -> str:
     return markdown_table(exploration["resampler"]["rows"], columns) + f"\n\n{where}"
 
 
+IDEAS = {  # of each optimization: what it does, and where
+    "visual token cache": ("images seen before are not encoded again", "visual_token_cache"),
+    "fewer visual tokens": ("any number from one checkpoint, also chosen per image", "reduced_tokens"),
+    "sparse cross-attention": ("text reads its own image alone, or the most relevant tokens", "sparse_cross_attention"),
+    "reduced precision": ("bf16, fp16, int8, fp8; gates and norms stay in float32", "reduced_precision"),
+    "adaptive depth": ("each image leaves the resampler when more layers gain nothing", "adaptive_resampler"),
+    "speculative decoding": ("a draft guesses several words, the model checks them at once", "speculative_decoding"),
+    "combined": ("all together, from image to caption", "optimized_flamingo"),
+}
+
+
+def optimizations_block(results: dict) -> str:
+    rows = []
+    for row in results["summary"]:
+        name, (idea, module) = row["optimization"], IDEAS[row["optimization"]]
+        right = results["quality"] if row["quality"] is None else row["quality"]
+        rows.append({**row, "optimization": f"**{name}**: {idea}", "file": f"`{module}.py`", "right": right})
+    columns = [
+        "optimization", "file", Column("setting", "fastest setting within 1 point"),
+        Column("speedup", "speedup", format_ratio), Column("of", "of what"),
+        Column("right", "right", format_percent), Column("bytes", "memory", format_bytes),
+    ]  # fmt: skip
+    environment = results["environment"]
+    machine = f"{_accelerator(environment)}{environment['threads']} threads of {environment['cpu']}"
+    return (
+        f"{markdown_table(rows, columns)}\n\nRight: {results['exam']}, word for word; the plain model has "
+        f"{format_percent(results['quality'])}. {machine}, torch {environment['torch']}, "
+        f"{results['arguments']['dtype']}."
+    )
+
+
 def training_block(training: dict) -> str:
     rows = [{"stage": name, **training["stages"][name]} for name in ShapesCurriculum.stages]  # JSON sorts its keys
     rows.append({"stage": "together", "seconds": sum(stage["seconds"] for stage in training["stages"].values())})
@@ -103,6 +136,10 @@ SOURCES = {
     "results/exploration.json": (
         "python flamingo_paper_exploration.py --json results/exploration.json",
         {"resampler": resampler_block},
+    ),
+    "results/optimizations.json": (
+        "python flamingo_optimization.py --compile --json results/optimizations.json",
+        {"optimizations": optimizations_block},
     ),
 }
 

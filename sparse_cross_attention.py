@@ -123,35 +123,10 @@ class SparseCrossAttention(CrossAttention):
         media_kv = super().project_media(media)
         return MediaKV(media_kv.k.contiguous(), media_kv.v.contiguous())
 
-    def forward(self, x: Tensor, media_kv: MediaKV, media_index: Tensor | MediaLayout) -> Tensor:
-        """x float[B, T, D], media_index int64[B, T] (or a shared `MediaLayout`) -> float[B, T, D]. Raises ValueError as
-        `CrossAttention.forward` does."""
-        _, images, _, latents, _ = media_kv.k.shape
-        own_image_alone = self.only_attend_immediate_media
-        if self.top_k >= (latents if own_image_alone else images * latents):
-            return super().forward(x, media_kv, media_index)
-        layout = _checked_layout(self, x, media_kv, media_index)
-        q = rearrange(self.to_q(self.norm(x)), "b t (h e) -> b t h e", h=self.heads)
-        if own_image_alone and images > 1:
-            out = self._attend_by_segment(q, media_kv, layout)
-        else:
-            out = self._attend_to_all_so_far(q, media_kv, layout)
-        return self.to_out(out.flatten(2))
-
-    def _attend_by_segment(self, q: Tensor, kv: MediaKV, layout: MediaLayout) -> Tensor:
-        segments = layout.segments
-        grouped = q.flatten(0, 1).index_select(0, segments.token.flatten())
-        grouped = grouped.unflatten(0, segments.token.shape).transpose(1, 2)
-        k, v = (each.flatten(0, 1).index_select(0, segments.image) for each in (kv.k, kv.v))
-        out = attend_to_top_k(grouped, k, v, self.top_k, choose=self.choose).transpose(1, 2).flatten(0, 1)
-        return F.pad(out, (0, 0, 0, 0, 0, 1)).index_select(0, segments.slot).unflatten(0, q.shape[:2])
-
-    def _attend_to_all_so_far(self, q: Tensor, kv: MediaKV, layout: MediaLayout) -> Tensor:
-        mask = None
-        if kv.k.shape[1] > 1:
-            mask = _visible_keys(layout, kv.k.shape[3], own_image_alone=False)
-        out = attend_to_top_k(q.transpose(1, 2), *_all_keys(kv), self.top_k, mask, self.choose).transpose(1, 2)
-        return out.masked_fill(~layout.sees_an_image[..., None, None], 0)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        if self.top_k >= k.shape[2]:
+            return super().attend(q, k, v, mask)
+        return attend_to_top_k(q, k, v, self.top_k, mask, self.choose)
 
     def flops(self, tokens: int, latents: int, images: int = 1) -> int:
         """As `CrossAttention.flops`: all scores, but a sum over the chosen keys alone."""
@@ -164,10 +139,10 @@ def dense_masked_attention(
 ) -> Tensor:
     """The same output as `attention(x, media_kv, media_index)`, computed as OpenFlamingo and others do: the scores of
     all images, behind a mask. For comparison only. Raises ValueError as `CrossAttention.forward` does."""
-    layout = _checked_layout(attention, x, media_kv, media_index)
+    layout = attention.checked_layout(x, media_kv, media_index)
     mask = _visible_keys(layout, media_kv.k.shape[3], attention.only_attend_immediate_media)
     q = rearrange(attention.to_q(attention.norm(x)), "b t (h e) -> b h t e", h=attention.heads)
-    out = rearrange(attend(q, *_all_keys(media_kv), mask=mask), "b h t e -> b t (h e)")
+    out = rearrange(attend(q, *media_kv.in_one_axis(), mask=mask), "b h t e -> b t (h e)")
     return attention.to_out(out.masked_fill(~layout.sees_an_image[..., None], 0))
 
 
@@ -195,7 +170,7 @@ def attention_by_key(
 ) -> Tensor:
     """The attention that each visual token would get if `layer` were called so, summed over heads and text tokens:
     float32[B, M, L]. `counted` and errors as in `attention_received`; gradients flow."""
-    layout = _checked_layout(layer, x, media_kv, media_index)
+    layout = layer.checked_layout(x, media_kv, media_index)
     counts = layout.sees_an_image
     if counted is not None:
         if counted.shape != counts.shape:
@@ -203,7 +178,7 @@ def attention_by_key(
         counts = counts & counted
     images, latents = media_kv.k.shape[1], media_kv.k.shape[3]
     q = rearrange(layer.to_q(layer.norm(x)), "b t (h e) -> b h t e", h=layer.heads)
-    k, _ = _all_keys(media_kv)
+    k, _ = media_kv.in_one_axis()
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if images > 1:
         mask = _visible_keys(layout, latents, layer.only_attend_immediate_media)
@@ -238,33 +213,9 @@ def attention_received(
     return sum(received)
 
 
-def _all_keys(kv: MediaKV) -> tuple[Tensor, Tensor]:
-    """All images' keys in one axis: k and v float[B, H, M * L, E]. No copy for one image."""
-    if kv.k.shape[1] == 1:
-        return kv.k[:, 0], kv.v[:, 0]
-    k, v = (rearrange(each, "b m h l e -> b h (m l) e") for each in (kv.k, kv.v))
-    return k, v
-
-
 def _visible_keys(layout: MediaLayout, latents: int, own_image_alone: bool) -> Tensor:
     """bool[B, 1, T, M * L]. A text token without an image sees all, for a softmax over nothing is undefined: the caller
     drops it."""
     images = torch.arange(layout.num_media, device=layout.media_index.device)
     visible = images == layout.media_index[..., None] if own_image_alone else layout.visible_media
     return (visible | ~layout.sees_an_image[..., None]).repeat_interleave(latents, dim=-1)[:, None]
-
-
-def _checked_layout(
-    attention: CrossAttention, x: Tensor, media_kv: MediaKV, media_index: Tensor | MediaLayout
-) -> MediaLayout:
-    rows, images = media_kv.k.shape[:2]
-    layout = media_index
-    if not isinstance(layout, MediaLayout):
-        layout = MediaLayout.from_index(media_index, images)
-    fits = x.dim() == 3 and x.shape[-1] == attention.dim and x.shape[:2] == layout.media_index.shape
-    if not fits or (rows, images) != (len(x), layout.num_media):
-        raise ValueError(
-            f"x {list(x.shape)} (expected [B, T, {attention.dim}]), media_index {list(layout.media_index.shape)} for "
-            f"{layout.num_media} images, and the media of {rows} rows with {images} images do not belong together"
-        )
-    return layout

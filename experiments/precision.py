@@ -84,7 +84,7 @@ def _ceilings(lab: Lab) -> dict[str, float]:
 
 
 def _resampler_rows(lab: Lab) -> list[dict]:
-    p, images = lab.preset, 1 if lab.arguments.quick else 4
+    p, images = lab.preset, 1 if lab.arguments.quick else 2
     sizes = (p.vision_dim, p.resampler_depth, p.resampler_dim_head, p.resampler_heads, p.num_latents)
     resampler = lab.untrained(lambda: PerceiverResampler(*sizes))
     patches = lab.random(images, PATCHES, p.vision_dim)
@@ -216,8 +216,9 @@ def _width_rows(lab: Lab, width: int) -> list[dict]:
 def _trained_rows(lab: Lab, bar: tqdm) -> list[dict]:
     """Images to visual tokens, prompts with those to the logits of the next word, and the exam."""
     copies = _copies(lab, lab.model)
-    images = lab.exam.images[:BATCH].to(lab.device)
-    prompts = [prompt_of(example) for example in lab.exam.examples[:BATCH]]
+    batch = BATCH // 4 if lab.arguments.quick else BATCH
+    images = lab.exam.images[:batch].to(lab.device)
+    prompts = [prompt_of(example) for example in lab.exam.examples[:batch]]
     ids = lab.tokenizer.pad_left(prompts).to(lab.device)
 
     def prefill(model: MiniFlamingo, media: Tensor) -> Tensor:
@@ -231,7 +232,7 @@ def _trained_rows(lab: Lab, bar: tqdm) -> list[dict]:
     prefilling = _measured(lab, own, prefill(double, media), PLAIN)
     rows, plain_right = [], lab.right(lab.exam, model=copies[PLAIN])
     for name in _ticking(bar, PRECISIONS):
-        rows.append({"precision": name, "note": unavailable(name, lab.device)})
+        rows.append({"precision": name, "batch": batch, "note": unavailable(name, lab.device)})
         if name not in copies:
             continue
         seconds = encoding[name]["seconds"] + prefilling[name]["seconds"]
@@ -280,7 +281,7 @@ def show(result: dict) -> str:
             table(result["widths"], [*widths, *(Column(name, name, format_ratio) for name in names)],
                   "Speedup over fp32 of one linear layer, by width and number of rows, eager"),
             table(trained, [Column("precision"), *answers, *_COST, *right, *note],
-                  f"The trained model, {BATCH} images and prompts; error of the logits, right on held-out scenes"),
+                  f"The trained model, {trained[0]['batch']} images and prompts; error of the logits, right on held-out scenes"),
             "\n".join(_findings(result)),
         )
     )  # fmt: skip
