@@ -1,6 +1,6 @@
 # make run    install into .venv, then run the study on the shipped model
 # make test   install into .venv, then run the whole test suite and the style check
-# make train  train the shipped model anew (an hour or more on a CPU; a killed run goes on where it stopped)
+# make train  train the shipped model and its companions anew (hours on a CPU; a killed run goes on where it stopped)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
@@ -10,6 +10,7 @@ PY := .venv/bin/python
 
 run: .venv/installed
 	$(PY) flamingo_paper_exploration.py
+	$(PY) flamingo_optimization.py
 
 test: .venv/installed
 	$(PY) -m ruff check .
@@ -17,6 +18,7 @@ test: .venv/installed
 
 train: .venv/installed
 	$(PY) train_mini_flamingo.py
+	$(PY) train_companions.py
 
 .venv/installed: requirements.txt requirements-peers.txt
 	$(PYTHON) -m venv .venv
