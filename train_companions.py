@@ -31,8 +31,7 @@ from shapes_curriculum import ShapesCurriculum, scene_targets, single_image_exam
 from shapes_texts import caption_example
 from shapes_world import MAX_OBJECTS, render, sample_scene
 from token_reader import reading_loss
-from train_mini_flamingo import answer_loss
-from training_loop import OtherRunError, Stage, Step, train_stage
+from training_loop import OtherRunError, Stage, Step, answer_loss, train_stage
 
 STAGES = {
     "coarse": Stage(steps=1400, learning_rate=1e-3, batch_size=48),

@@ -22,19 +22,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarking import choose_device, environment
 from command_line import positive_int
-from interleaved_text import UNASKED
 from mini_flamingo import MiniFlamingo
 from mini_flamingo_checkpoint import SHIPPED, save_mini_flamingo, save_weights
 from mosaic_curriculum import GRID, MosaicCurriculum
 from reporting import Column, format_percent, table, write_json
 from shapes_curriculum import ShapesCurriculum
 from token_reader import TokenReader, reading_accuracy, reading_loss
-from training_loop import Interleaved, OtherRunError, Step, train_stage
+from training_loop import Interleaved, OtherRunError, Step, answer_accuracy, answer_loss, train_stage
 
 LATENT_COUNTS, LATENT_WEIGHTS = (4, 8, 16, 32, 64), (0.1, 0.12, 0.18, 0.25, 0.35)
 DEPTHS, DEPTH_WEIGHTS = (1, 2, 3, 4), (0.15, 0.2, 0.25, 0.4)
@@ -130,17 +128,6 @@ class Trainer:
         gate = max(block.attn_gate.tanh().abs().item() for block in self.model.gated_layers.values())
         stats = {"answers": answer_accuracy(logits, labels), "reading": reading.item(), "gate": gate}
         return answer_loss(logits, labels) + 0.3 * reading, stats
-
-
-def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of the words to be predicted; logits float[B, T, V], labels int64[B, T]."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=UNASKED)
-
-
-def answer_accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of those words that come out right, each given the right words before it."""
-    wanted = labels[:, 1:] != UNASKED
-    return (logits[:, :-1].argmax(-1) == labels[:, 1:])[wanted].float().mean().item()
 
 
 def train(trainer: Trainer, work: Path, seed: int, bf16: bool) -> dict[str, dict[str, float]]:

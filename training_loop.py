@@ -13,9 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
+
+from interleaved_text import UNASKED
 
 SAVE_EVERY = 100  # steps
 
@@ -123,6 +126,17 @@ def train_stage(
             save_atomically({**state, "step": step + 1, "seconds": seconds, "run": run}, path)
     modules.requires_grad_(False).eval()
     return seconds
+
+
+def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of the words to be predicted; logits float[B, T, V], labels int64[B, T]."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=UNASKED)
+
+
+def answer_accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of those words that come out right, each given the right words before it."""
+    wanted = labels[:, 1:] != UNASKED
+    return (logits[:, :-1].argmax(-1) == labels[:, 1:])[wanted].float().mean().item()
 
 
 def save_atomically(state: dict, path: Path) -> None:

@@ -87,6 +87,7 @@ def run(lab: Lab) -> dict:
         "rows": rows,
         "product of the parts": product,
         "together": together["speedup"],
+        "of": "image to caption, one at a time",
         "points": [
             point(row["name"], row["speedup"], row["right"], row["weight_bytes"])
             for row in rows

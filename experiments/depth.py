@@ -64,6 +64,7 @@ def run(lab: Lab) -> dict:
             {"budget": b, "loses": share(loses_at(risk, loses, thresholds[b]))} for b in BUDGETS
         ],
         "grids": list(coarse.grids),
+        "of": "the resampler",
         "points": [
             point(f"exit within {100 * row['budget']:.2g} points", row["speedup"], row["right"]) for row in adaptive
         ],

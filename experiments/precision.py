@@ -56,6 +56,7 @@ def run(lab: Lab) -> dict:
         widths = [row for width in _ticking(bar, sizes) for row in _width_rows(lab, width)]
         result["widths"] = sorted(widths, key=lambda row: (row["rows"], row["width"]))
         result["trained"] = _trained_rows(lab, bar)
+    result["of"] = "image to first word, batch 64"
     result["points"] = [
         point(row["precision"], row["speedup"], row["quality"], row["weight bytes"])
         for row in result["trained"]
@@ -110,7 +111,7 @@ def _gated_rows(lab: Lab) -> list[dict]:
         return lambda form: form(x, media_kv, layout)
 
     flops = batch * block.flops(tokens, p.num_latents, images=0)
-    rows = _reduced_rows(lab, block, prepare, flops, compiled=() if lab.arguments.quick else COMPILED)
+    rows = _reduced_rows(lab, block, prepare, flops, compiled=COMPILED if lab.arguments.compile else ())
     return [{"layer": f"gated layer of width {p.dim}, {batch} × {tokens} tokens", **row} for row in rows]
 
 
@@ -281,7 +282,7 @@ def show(result: dict) -> str:
             table(result["widths"], [*widths, *(Column(name, name, format_ratio) for name in names)],
                   "Speedup over fp32 of one linear layer, by width and number of rows, eager"),
             table(trained, [Column("precision"), *answers, *_COST, *right, *note],
-                  f"The trained model, {trained[0]['batch']} images and prompts; error of the logits, right on held-out scenes"),
+                  f"The trained model, {trained[0]['batch']} images and prompts; error of logits, held-out scenes"),
             "\n".join(_findings(result)),
         )
     )  # fmt: skip

@@ -98,6 +98,7 @@ def run(lab: Lab) -> dict:
     return {
         "rows": rows,
         "target": "the shipped model, 4 layers",
+        "of": "captioning from visual tokens",
         "points": [
             point(f"{row['draft']}, {row['count']} words", row["speedup"])
             for row in rows

@@ -26,7 +26,7 @@ from reporting import Column, format_bytes, format_count, format_percent, format
 COUNTS = (64, 48, 32, 24, 16, 8, 4)  # of the trained model
 BASE = 64
 CONTROLLED = (48, 32, 16, 8, 4)  # set beside random tokens and averages
-WIDE_PATCHES, WIDE_TEXT = 576, 64
+WIDE_IMAGES, WIDE_PATCHES, WIDE_TEXT = 2, 576, 64
 BUDGETS = (0.0, 0.005, 0.01, 0.02)  # share of answers that the choice may lose on the calibration set
 POINT_BUDGET = 0.01
 
@@ -35,18 +35,17 @@ Timings = Mapping[tuple, Timing]
 
 @dataclass(frozen=True)
 class Sizes:
-    """wide_counts: of the larger shape, `wide_layers` deep. batch: images whose visual tokens are timed. prompts: read
+    """wide_counts: of the larger shape, one layer deep. batch: images whose visual tokens are timed. prompts: read
     and continued together. others, controls: how many images of the exams behind the first, and for the baselines."""
 
     wide_counts: tuple[int, ...] = (256, 128, 64, 48, 32, 16, 8, 4)
-    wide_layers: int = 2
-    batch: int = 64
+    batch: int = 32
     prompts: int = 16
     others: int = 96
     controls: int = 48
 
 
-QUICK = Sizes(wide_counts=(64, 16), wide_layers=1, batch=4, prompts=4, others=8, controls=8)
+QUICK = Sizes(wide_counts=(64, 16), batch=4, prompts=4, others=8, controls=8)
 
 
 def run(lab: Lab) -> dict:
@@ -146,18 +145,18 @@ def time_resampler(
 
 
 def time_wide_resampler(lab: Lab, sizes: Sizes) -> list[dict]:
-    """One image of 576 patches at the preset's width."""
+    """One layer at the preset's width reads images of 576 patches."""
     config = lab.preset
     resampler = lab.untrained(
         lambda: PerceiverResampler(
             config.vision_dim,
-            sizes.wide_layers,
+            1,
             config.resampler_dim_head,
             config.resampler_heads,
             max(sizes.wide_counts),
         )
     )
-    x = lab.random(1, WIDE_PATCHES, config.vision_dim)
+    x = lab.random(WIDE_IMAGES, WIDE_PATCHES, config.vision_dim)
     return time_resampler(lab, resampler, media_space(resampler), x, sizes.wide_counts, {})[0]
 
 
@@ -346,7 +345,7 @@ def show(result: dict) -> str:
         (
             result["wide"],
             [TOKENS, *RESAMPLING],
-            f"Resampler of {sizes['wide_layers']} layers, width {result['width']}, one image of {WIDE_PATCHES} patches "
+            f"One resampler layer, width {result['width']}, {WIDE_IMAGES} images of {WIDE_PATCHES} patches "
             f"(untrained weights: timing only). Baseline: the plain form at {BASE} tokens",
         ),
         (

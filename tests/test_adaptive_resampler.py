@@ -93,6 +93,7 @@ def test_threshold_0_is_the_full_resampler(model, shape):
     tokens, exits = adaptive.resample(x)
     assert torch.equal(tokens, resampler(x)) and torch.equal(adaptive(x), tokens)
     assert exits.shape == shape[:-2] and exits.dtype == torch.int64 and (exits == 4).all()
+    adaptive.heads[0].forward = None
     images = x.shape[:-2].numel()
     assert rows_of_each_layer(resampler, lambda: adaptive(x)) == [images] * 4
 
@@ -105,6 +106,8 @@ def test_threshold_1_stops_after_the_first_layer(model):
     assert (exits == 1).all()
     assert_same(tokens, resampler(x, depth=1))
     assert rows_of_each_layer(resampler, lambda: adaptive(x)) == [6, 0, 0, 0]
+    resampler.layers[1][0].forward = None  # with nobody left, no further layer is called at all
+    assert torch.equal(adaptive(x), tokens)
 
 
 def test_a_sure_risk_never_leaves():

@@ -59,6 +59,7 @@ HEAVY = {"matplotlib", "torchvision", "transformers", "torchao"}  # imported whe
 
 STUDY = sorted(path.stem for path in ROOT.glob("*.py"))
 PACKAGE = sorted((ROOT / "flamingo_vlm").glob("*.py"))
+EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
 
 
 def imported_by(path):
@@ -98,6 +99,11 @@ def test_imports_point_upward(module):
 def test_the_package_uses_layers_and_optimizations_alone(path):
     wrong = sorted(imported_by(path) & {*ORDER, *STUDY, "tests"} - FOR_PACKAGE)
     assert not wrong, f"flamingo_vlm/{path.name} imports {wrong}"
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_experiments_import_no_script(path):
+    assert not imported_by(path) & {*SCRIPTS, "tests"}
 
 
 @pytest.mark.parametrize("module", LAYERS)
