@@ -10,6 +10,8 @@ Legend: N images, S features of each, D their width, C cheaper ways.
 import torch
 from torch import Tensor, nn
 
+CANDIDATES = 1000  # thresholds tried, between the risks of a calibration set
+
 
 class RiskHead(nn.Module):
     """float[N, S, D] -> float[N, C]: the probability that each cheaper way loses what the dear one would get right."""
@@ -35,15 +37,15 @@ def calibrated_threshold(risk: Tensor, loses: Tensor, budget: float) -> float:
     images of a calibration set.
 
     risk float[N, C], loses bool[N, C], ways ordered from the cheapest; where no risk is below the threshold the dear
-    way is taken, which loses nothing. 0 for no budget that can be met. Raises ValueError for a budget outside [0, 1].
+    way is taken, which loses nothing. Raises ValueError for a budget outside [0, 1].
     """
     if not 0 <= budget <= 1:
         raise ValueError(f"budget must be a share between 0 and 1; got {budget}")
-    best = 0.0
-    for threshold in torch.quantile(risk.double().flatten(), torch.linspace(0, 1, 401).double()).tolist():
-        if loses_at(risk, loses, threshold).double().mean() <= budget:
-            best = max(best, threshold)
-    return best
+    levels = risk.double().flatten().unique()
+    levels = levels[torch.linspace(0, len(levels) - 1, min(len(levels), CANDIDATES)).long()]
+    candidates = torch.cat(((levels[1:] + levels[:-1]) / 2, levels.new_ones(1))).tolist()
+    within = [each for each in candidates if loses_at(risk, loses, each).double().mean() <= budget]
+    return max(within, default=0.0)
 
 
 def cheapest_way(risk: Tensor, threshold: float) -> Tensor:

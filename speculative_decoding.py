@@ -84,6 +84,8 @@ def speculate(
     """
     if count < 0 or max_new_tokens < 1:
         raise ValueError(f"count must be at least 0 and max_new_tokens 1; got {count} and {max_new_tokens}")
+    if not prompts.numel():
+        raise ValueError(f"there must be a prompt to continue; got shape {list(prompts.shape)}")
     rows, width = prompts.shape
     text = torch.cat((prompts, prompts.new_full((rows, max_new_tokens + count + 1), pad_id)), dim=1)
     length = torch.full((rows,), width, device=prompts.device)
@@ -145,7 +147,10 @@ def _verify(
     # Behind the last guess there is nothing to subtract: the target draws from p itself.
     q = torch.cat((q, torch.zeros_like(p[:, :1])), dim=1)
     here = kept[:, None, None].expand(-1, 1, p.shape[-1])
-    rest = (p.gather(1, here) - q.gather(1, here)).clamp(min=0).squeeze(1)
+    own = p.gather(1, here).squeeze(1)
+    rest = (own - q.gather(1, here).squeeze(1)).clamp(min=0)
+    # Where p and q are the same but for rounding, a guess can be refused and nothing be left: then p itself is right.
+    rest = rest.where(rest.sum(1, keepdim=True) > 0, own)
     return kept, torch.multinomial(rest, 1, generator=generator).squeeze(1)
 
 
@@ -162,7 +167,11 @@ class _Reader:
         Always reads count + 1 + further tokens, so that shapes never change: rows that gained fewer read more `fill`
         tokens at the end, which nobody asks for and which are forgotten. No row reads its prompt again.
         """
-        read = torch.full_like(length, self.first) if self.read is None else self.read
+        if self.read is None:
+            if int(length.max()) - self.first > count + 1:
+                raise ValueError(f"the draft's cache holds {self.first} tokens of prompts that are longer: prefill it")
+            self.read = torch.full_like(length, self.first)
+        read = self.read
         read = read.minimum(length - 1)  # a row that has gained nothing reads its last token again, for its logits
         slots = read[:, None] + torch.arange(count + 1 + further, device=text.device)
         settled = text.gather(1, slots.clamp(max=text.shape[1] - 1))

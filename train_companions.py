@@ -41,7 +41,8 @@ STAGES = {
     "draft": Stage(steps=2000, learning_rate=2e-3, batch_size=48),
     "text_draft": Stage(steps=600, learning_rate=2e-3, batch_size=48),
 }
-NEEDS = {"coarse_align": ("coarse",), "exits": ("coarse", "coarse_align")}  # finished ones take no time
+# What goes with a stage; finished ones take no time.
+NEEDS = {"coarse": ("coarse_align",), "coarse_align": ("coarse",), "exits": ("coarse", "coarse_align")}
 WORDS_AHEAD = 8  # how many words a draft learns to say in one pass
 LATENTS, LATENT_WEIGHTS = (16, 32, 64), (0.15, 0.35, 0.5)
 
@@ -204,9 +205,9 @@ def risk_loss(logits: Tensor, right: Tensor) -> tuple[Tensor, dict[str, float]]:
 
 
 def train(trainer: CompanionTrainer, stages: list[str], work: Path, seed: int, bf16: bool) -> None:
-    """Runs these stages and saves what each one trained as soon as it is done."""
+    """Runs these stages and saves what they trained as soon as the last one that trains it is done."""
     record_file = trainer.folder / "companions.json"
-    for name in stages:
+    for i, name in enumerate(stages):
         learner = trainer.learner(name)
         module = trainer.modules[learner]
         rate = STAGES[name].learning_rate
@@ -214,7 +215,8 @@ def train(trainer: CompanionTrainer, stages: list[str], work: Path, seed: int, b
             {"params": [p], "lr": rate, "weight_decay": 0.05 if p.dim() > 1 else 0.0} for p in module.parameters()
         ]
         seconds = train_stage(name, STAGES[name], [module], groups, partial(trainer.loss, name), work, seed, bf16)
-        save_weights(trainer.folder / f"{learner}.safetensors", module)
+        if learner not in map(trainer.learner, stages[i + 1 :]):
+            save_weights(trainer.folder / f"{learner}.safetensors", module)
         record = read_json(record_file) if record_file.exists() else {}
         record[name] = {"steps": STAGES[name].steps, "seconds": round(seconds, 1)} | environment(trainer.device)
         write_json(record_file, record)
@@ -232,12 +234,15 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    wanted = set(arguments.only).union(*(NEEDS.get(name, ()) for name in arguments.only))
+    stages = [name for name in STAGES if name in wanted]
     try:
         trainer = CompanionTrainer(arguments.model, arguments.seed, choose_device(arguments.device))
-        wanted = set(arguments.only).union(*(NEEDS.get(name, ()) for name in arguments.only))
-        stages = [name for name in STAGES if name in wanted]
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    try:
         train(trainer, stages, arguments.work, arguments.seed, arguments.precision == "bf16")
-    except (ValueError, OtherRunError) as error:
+    except OtherRunError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
 
 
