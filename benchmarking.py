@@ -130,6 +130,10 @@ def peak_memory(fn: Callable[[], object], device: torch.device | str) -> int:
     """
     synchronize(device)
     gc.collect()  # garbage freed in the middle of the call would be taken off its peak
+    return _peak_of_one_call(fn, device)
+
+
+def _peak_of_one_call(fn: Callable[[], object], device: torch.device | str) -> int:
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -198,7 +202,9 @@ def compare(
             seconds[name].append(time.perf_counter() - start)
             total += seconds[name][-1]
         rounds += 1
-    peaks = {name: peak_memory(fn, device) if memory else None for name, fn in functions.items()}
+    if memory:
+        gc.collect()  # once for all: it takes as long as many a call
+    peaks = {name: _peak_of_one_call(fn, device) if memory else None for name, fn in functions.items()}
     return {name: _summary(seconds[name], peaks[name]) for name in functions}
 
 

@@ -56,7 +56,7 @@ class OptimizedFlamingo:
         resampler: nn.Module | None = None,
         num_latents: int | None = None,
         draft: Reader | None = None,
-        guesses: int = 6,
+        guesses: int = 8,
         cache_bytes: int | None = None,
         compiled: bool = False,
     ):

@@ -9,7 +9,7 @@ from tqdm import tqdm
 import companions
 from adaptive_resampler import AdaptivePerceiverResampler
 from confidence_head import calibrated_threshold
-from experiments.depth import right_by_depth, risk_of
+from experiments.depth import calibration
 from experiments.lab import Lab, point, share
 from interleaved_text import prompt_of
 from optimized_flamingo import OptimizedFlamingo
@@ -29,17 +29,10 @@ class Workshop:
 
     def __init__(self, lab: Lab):
         self.lab = lab
-        config = lab.model.config
-
-        def load(make: Callable, name: str) -> torch.nn.Module:
-            return companions.load(make(config), name, lab.folder).to(lab.device, lab.dtype)
-
-        coarse = load(companions.coarse_to_fine, "coarse_to_fine")
-        heads = load(companions.exit_heads, "exit_heads")
-        self.draft = load(companions.draft, "draft")
-        right = right_by_depth(lab, coarse, lab.seen["calibration"])
-        risk = risk_of(coarse, heads, lab.seen["calibration"])
-        threshold = calibrated_threshold(risk, right[:, -1:] & ~right[:, :-1], BUDGET)
+        draft = companions.load(companions.draft(lab.model.config), "draft", lab.folder)
+        self.draft = draft.to(lab.device, lab.dtype)
+        coarse, heads, risk, loses = calibration(lab)
+        threshold = calibrated_threshold(risk, loses, BUDGET)
         self.adaptive = AdaptivePerceiverResampler(coarse, heads, threshold)
 
     def build(self, parts: Iterable[str]) -> OptimizedFlamingo:

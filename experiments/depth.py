@@ -1,9 +1,10 @@
 """Experiment 5: how deep each image goes through the resampler."""
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import companions
@@ -19,18 +20,11 @@ TIMED = 64  # images
 
 
 def run(lab: Lab) -> dict:
-    coarse = companions.load(companions.coarse_to_fine(lab.model.config), "coarse_to_fine", lab.folder)
-    heads = companions.load(companions.exit_heads(lab.model.config), "exit_heads", lab.folder)
-    coarse, heads = coarse.to(lab.device, lab.dtype), heads.to(lab.device, lab.dtype)
-    bar = tqdm(total=5, desc="adaptive depth", leave=False)
+    coarse, heads, risk, loses = calibration(lab)
+    bar = tqdm(total=4, desc="adaptive depth", leave=False)
     plain_right = right_by_depth(lab, lab.model.resampler, lab.seen_exam)
     bar.update()
     coarse_right = right_by_depth(lab, coarse, lab.seen_exam)
-    bar.update()
-    calibration = lab.seen["calibration"]
-    right = right_by_depth(lab, coarse, calibration)
-    loses = right[:, -1:] & ~right[:, :-1]
-    risk = risk_of(coarse, heads, calibration)
     bar.update()
     thresholds = {budget: calibrated_threshold(risk, loses, budget) for budget in BUDGETS}
     patches = lab.seen_exam.images[:TIMED]
@@ -59,7 +53,7 @@ def run(lab: Lab) -> dict:
         "fixed": fixed_rows,
         "adaptive": adaptive,
         "scenes": len(coarse_right),
-        "calibration scenes": len(right),
+        "calibration scenes": len(risk),
         "calibration loses": [
             {"budget": b, "loses": share(loses_at(risk, loses, thresholds[b]))} for b in BUDGETS
         ],
@@ -71,6 +65,21 @@ def run(lab: Lab) -> dict:
     }
 
 
+@cache
+def calibration(lab: Lab) -> tuple[CoarseToFineResampler, nn.ModuleList, Tensor, Tensor]:
+    """The trained coarse-to-fine resampler and its heads; and what thresholds are set on: of every calibration image
+    and every layer but the last the risk of leaving there, float[N, C], and whether it loses the answer, bool[N, C]."""
+    config = lab.model.config
+    coarse = companions.load(companions.coarse_to_fine(config), "coarse_to_fine", lab.folder)
+    heads = companions.load(companions.exit_heads(config), "exit_heads", lab.folder)
+    coarse, heads = coarse.to(lab.device, lab.dtype), heads.to(lab.device, lab.dtype)
+    exam = lab.seen["calibration"]
+    with torch.inference_mode():
+        risk = torch.cat([risks(coarse, heads, patches)[0] for patches in exam.images.split(64)]).cpu()
+    right = right_by_depth(lab, coarse, exam)
+    return coarse, heads, risk, right[:, -1:] & ~right[:, :-1]
+
+
 @torch.inference_mode()
 def right_by_depth(lab: Lab, resampler: PerceiverResampler, exam: Exam) -> Tensor:
     """bool[N, depth]: which answers are right after 1, 2 ... layers, for every image."""
@@ -80,12 +89,6 @@ def right_by_depth(lab: Lab, resampler: PerceiverResampler, exam: Exam) -> Tenso
 
     depths = range(1, len(resampler.layers) + 1)
     return torch.stack([lab.right(exam, stopped(depth)) for depth in depths], dim=1)
-
-
-@torch.inference_mode()
-def risk_of(resampler: CoarseToFineResampler, heads: torch.nn.ModuleList, exam: Exam) -> Tensor:
-    """float[N, depth - 1]"""
-    return torch.cat([risks(resampler, heads, patches)[0] for patches in exam.images.split(64)]).cpu()
 
 
 def time_fixed(lab: Lab, coarse: CoarseToFineResampler, patches: Tensor) -> dict:

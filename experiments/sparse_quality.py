@@ -36,8 +36,9 @@ ALL, PER_QUERY = "all", "per query and head"
 BY_DECODER, FIRST = f"shared, {DECODER}", "shared, first k"
 NO_DECODER = f"no {DECODER} was trained for this model"
 OTHERS = 64  # scenes of the exams behind the first
-TIMED = 64  # captions
-QUICK = 24, 8, 8  # scenes of the first exam and of the others; captions timed
+TIMED = 32  # captions
+CONTROLS = 128  # scenes at most, for random choices and the oracle
+QUICK = 16, 8, 8  # scenes of the first exam and of the others; captions timed
 
 
 def counts_of(lab: Lab) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -54,7 +55,7 @@ def warm_up_decoder(lab: Lab) -> TokenReader | None:
 
 
 def with_visual_tokens(lab: Lab, exam: Exam, scenes: int | None) -> Exam:
-    """The exam's beginning (None: all of it) with all visual tokens in place of the patches: every form then starts from the same."""
+    """The beginning (None: all) of an exam, with all visual tokens in place of patches: all forms start from these."""
     tokens = [lab.model.resampler(patches) for patches in exam.images[:scenes].split(64)]
     return Exam(exam.examples[:scenes], torch.cat(tokens))
 
@@ -78,21 +79,23 @@ def quality_rows(lab: Lab) -> tuple[list[dict], dict[str, int]]:
 def forms_of(lab: Lab, exam: Exam, decoder: TokenReader | None) -> list[tuple[str, int, Callable[[], float] | None]]:
     """Form, keys kept, and what finds the share right; None in its place where the model has no decoder."""
 
-    def right(exam: Exam = exam, model: MiniFlamingo | None = None) -> float:
+    few = Exam(exam.examples[:CONTROLS], exam.images[:CONTROLS])
+
+    def right(exam: Exam, model: MiniFlamingo | None = None) -> float:
         return share(lab.right(exam, lambda media: media, model))
 
-    def right_per_query(k: int, choose: Choice) -> float:
-        return right(model=with_top_k(lab.model, k, choose))
+    def right_per_query(exam: Exam, k: int, choose: Choice) -> float:
+        return right(exam, with_top_k(lab.model, k, choose))
 
-    def right_shared(k: int, relevance: Tensor) -> float:
+    def right_shared(exam: Exam, k: int, relevance: Tensor) -> float:
         return right(replace(exam, images=select_visual_tokens(exam.images, relevance, k)))
 
     per_query, shared = counts_of(lab)
-    forms = [(ALL, exam.images.shape[2], right)]
-    for form, choose in ((PER_QUERY, highest_scores), (f"{PER_QUERY}, random", random_keys)):
-        forms += [(form, k, partial(right_per_query, k, choose)) for k in per_query]
-    for form, relevance in relevances(lab, exam, decoder).items():
-        forms += [(form, k, None if relevance is None else partial(right_shared, k, relevance)) for k in shared]
+    forms = [(ALL, exam.images.shape[2], partial(right, exam))]
+    forms += [(PER_QUERY, k, partial(right_per_query, exam, k, highest_scores)) for k in per_query]
+    forms += [(f"{PER_QUERY}, random", k, partial(right_per_query, few, k, random_keys)) for k in per_query]
+    for form, (scenes, relevance) in relevances(lab, exam, few, decoder).items():
+        forms += [(form, k, None if relevance is None else partial(right_shared, scenes, k, relevance)) for k in shared]
     return forms
 
 
@@ -109,15 +112,15 @@ def random_keys(scores: Tensor, k: int) -> Tensor:
     return torch.rand_like(scores).masked_fill(scores == float("-inf"), -1).topk(k, sorted=False).indices
 
 
-def relevances(lab: Lab, exam: Exam, decoder: TokenReader | None) -> dict[str, Tensor | None]:
-    """float[N, M, L] by form: what the shared choice goes by."""
-    media = exam.images
+def relevances(lab: Lab, exam: Exam, few: Exam, decoder: TokenReader | None) -> dict[str, tuple[Exam, Tensor | None]]:
+    """By form: what the shared choice goes by, float[N, M, L], and for which scenes."""
+    media, size = exam.images, few.images.shape[:3]
     generator = torch.Generator().manual_seed(SEED)
     return {
-        BY_DECODER: None if decoder is None else relevance_by_decoder(decoder, media),
-        FIRST: -torch.arange(media.shape[2], device=media.device).expand(media.shape[:3]),
-        "shared, random": torch.rand(media.shape[:3], generator=generator).to(media.device),
-        "shared, oracle": relevance_by_answer(lab, exam),
+        BY_DECODER: (exam, None if decoder is None else relevance_by_decoder(decoder, media)),
+        FIRST: (exam, -torch.arange(media.shape[2], device=media.device).expand(media.shape[:3])),
+        "shared, random": (few, torch.rand(size, generator=generator).to(media.device)),
+        "shared, oracle": (few, relevance_by_answer(lab, few)),
     }
 
 

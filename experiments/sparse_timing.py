@@ -30,6 +30,7 @@ HEADS, DIM_HEAD, LATENTS = 8, 64, 64
 WIDTH = HEADS * DIM_HEAD
 TOKENS = 512
 IMAGES = 4  # of the top-k table
+PROMPT_KEYS = 4096  # at most: time grows with queries x keys
 CHECKED = 64  # text tokens whose top-k output is compared with float64
 DECODER = "warm-up decoder"  # of the resampler: a TokenReader
 
@@ -172,7 +173,8 @@ def equally_spaced(scores: Tensor, k: int) -> Tensor:
 
 def crossover_rows(lab: Lab, key_counts: tuple[int, ...], top_k: int = 32) -> list[dict]:
     """The attention alone, top-k against fused, while the number of keys grows; and the same with no choice to make."""
-    cases = [(*case, keys) for case in (("prompt", 1, TOKENS), ("decoding", 4, 1)) for keys in key_counts]
+    cases = [("prompt", 1, TOKENS, keys) for keys in key_counts if keys <= PROMPT_KEYS]
+    cases += [("decoding", 4, 1, keys) for keys in key_counts]
     lab = replace(lab, seconds=lab.seconds / len(cases))
     rows = []
     for situation, batch, tokens, keys in tqdm(cases, desc="crossover", leave=False):

@@ -94,8 +94,12 @@ def run(lab: Lab) -> dict:
             for count in counts
         ],
         "policies": chosen or [{"budget": budget, "note": reason} for budget in BUDGETS],
+        "of": "the resampler",
         "points": [point(f"{count} tokens", speedups[count], quality[count]) for count in (32, 16) if count in speedups]
-        + [point("count per image", row["speedup"], row["quality"]) for row in chosen if row["budget"] == POINT_BUDGET],
+        + [
+            point(f"{row['average']:.0f} tokens on average, chosen per image", row["speedup"], row["quality"])
+            for row in chosen
+        ],
     }
 
 
@@ -252,7 +256,7 @@ def choose_policies(lab: Lab, fast: PerceiverResampler, right: Mapping[int, Tens
     if lab.arguments.data != "shapes":
         return [], f"no head that chooses counts was trained for {lab.arguments.data}"
     try:
-        head = companions.load(companions.count_head(lab.model.config), "count_head").to(lab.device, lab.dtype)
+        head = companions.load(companions.count_head(lab.model.config), "count_head", lab.folder).to(lab.device, lab.dtype)
     except ValueError as error:
         return [], str(error)
     every = AdaptiveTokenCount(fast, head, CHEAP_COUNTS, threshold=0)
