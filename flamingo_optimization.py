@@ -66,13 +66,16 @@ def prepare(arguments: argparse.Namespace) -> Lab:
     device, dtype = choose_device(arguments.device), DTYPES[arguments.dtype]
     if dtype == torch.float16 and device.type == "cpu":
         raise ValueError("--dtype float16: CPUs only emulate its matrix products; use bfloat16, or a GPU")
+    if arguments.scenes and arguments.scenes < 20:
+        raise ValueError(f"--scenes must be at least 20, what the experiments time; got {arguments.scenes}")
     folder = FOLDERS[arguments.data]
     if not folder.exists():
         raise ValueError(
             f"--data {arguments.data}: there is no trained model in {folder.name}/; "
             f"train it with python train_mini_flamingo.py --data {arguments.data}"
         )
-    exams, calibration = exams_of(arguments.data, arguments.cifar_root, 48 if arguments.quick else 256)
+    scenes = arguments.scenes or (48 if arguments.quick else 192)
+    exams, calibration = exams_of(arguments.data, arguments.cifar_root, scenes)
     return Lab(
         load_mini_flamingo(folder, device).to(dtype),
         load_tokenizer(folder),
@@ -83,7 +86,7 @@ def prepare(arguments: argparse.Namespace) -> Lab:
         preset(arguments.preset),
         device,
         dtype,
-        seconds=0.3 if arguments.quick else 2.0,
+        seconds=0.3 if arguments.quick else 1.5,
     )
 
 
@@ -152,6 +155,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the plain model (default: float32)")
     parser.add_argument("--preset", choices=PRESETS, default="gpt2", help="the larger shapes to time (default: gpt2)")
     parser.add_argument("--quick", action="store_true", help="shorter timings and 48 scenes, for a first look")
+    parser.add_argument(
+        "--scenes", type=positive_int, help="held-out images that quality is measured on, 20 or more (default: 192)"
+    )
     parser.add_argument("--compile", action="store_true", help="also torch.compile'd forms: some minutes more")
     parser.add_argument("--data", choices=FOLDERS, default="shapes", help="which trained model and held-out images")
     parser.add_argument("--cifar-root", type=Path, help="folder or zip of CIFAR-10 images (default: download)")

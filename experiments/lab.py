@@ -73,7 +73,9 @@ class Lab:
     def compare(self, functions: Mapping[str, Callable[[], object]], memory: bool = True) -> dict[str, Timing]:
         """Times the functions in turns, for `seconds` altogether."""
         with torch.inference_mode():
-            return compare(functions, device=self.device, min_seconds=self.seconds, min_runs=3, memory=memory)
+            return compare(
+                functions, device=self.device, warmup=1, min_runs=3, min_seconds=self.seconds, memory=memory
+            )
 
     def untrained(self, make: Callable[[], nn.Module]) -> nn.Module:
         """A module with random weights from the seed, on the device, in the dtype, in eval mode."""

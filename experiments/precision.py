@@ -277,7 +277,7 @@ def show(result: dict) -> str:
     note = [Column("note")] if any(row["note"] for row in (*layers, *trained)) else []
     return "\n\n".join(
         (
-            "Optimization 4: fewer bits",
+            "4. Reduced precision",
             table(layers, [*columns, *_COST, *extra, *note], "Layers (untrained weights: timing only)"),
             table(result["widths"], [*widths, *(Column(name, name, format_ratio) for name in names)],
                   "Speedup over fp32 of one linear layer, by width and number of rows, eager"),

@@ -256,9 +256,10 @@ def choose_policies(lab: Lab, fast: PerceiverResampler, right: Mapping[int, Tens
     if lab.arguments.data != "shapes":
         return [], f"no head that chooses counts was trained for {lab.arguments.data}"
     try:
-        head = companions.load(companions.count_head(lab.model.config), "count_head", lab.folder).to(lab.device, lab.dtype)
+        head = companions.load(companions.count_head(lab.model.config), "count_head", lab.folder)
     except ValueError as error:
         return [], str(error)
+    head = head.to(lab.device, lab.dtype)
     every = AdaptiveTokenCount(fast, head, CHEAP_COUNTS, threshold=0)
     with torch.inference_mode():
         risk = every.risks(lab.seen["calibration"].images).flatten(0, 1).cpu()
