@@ -63,6 +63,8 @@ def load(module: nn.Module, name: str, folder: Path = SHIPPED) -> nn.Module:
     mode. Raises ValueError where they are missing, damaged or another module's."""
     path = folder / f"{name}.safetensors"
     if not path.exists():
-        raise ValueError(f"{path} is missing: train it with python train_companions.py")
+        raise ValueError(
+            f"{path.parent.name}/{path.name} is missing: python train_companions.py makes it, for the shapes model"
+        )
     load_weights(path, module)
     return module.requires_grad_(False).eval()

@@ -123,17 +123,18 @@ def run(arguments: argparse.Namespace) -> dict:
     baseline = share(lab.right(lab.seen_exam))
     exam = f"{len(lab.exam.examples)} held-out, {next(iter(lab.exams))}"
     print(f"{exam}: the plain model captions {format_percent(baseline)} word for word.\n")
-    results = {}
+    results, not_run = {}, {}
     for number in dict.fromkeys(arguments.only):
         name, experiment = EXPERIMENTS[number]
         try:
             results[name] = experiment.run(lab)
-        except ValueError as error:
-            raise ValueError(f"experiment {number}, {name}: {error}") from error
-        print(experiment.show(results[name]) + "\n")
+            print(experiment.show(results[name]) + "\n")
+        except ValueError as error:  # something it needs is missing: the others may do without
+            not_run[name] = f"experiment {number}, {name}, could not run: {error}"
     rows = summary(results, baseline)
-    print(show_summary(rows, baseline, exam))
-    if arguments.plot:
+    if rows:
+        print(show_summary(rows, baseline, exam))
+    if rows and arguments.plot:
         print(f"saved {plot_summary(results, baseline, arguments.plot / 'optimizations.png')}")
     return {
         "environment": environment(lab.device),
@@ -142,6 +143,7 @@ def run(arguments: argparse.Namespace) -> dict:
         "exam": exam,
         "quality": baseline,
         "experiments": results,
+        "not run": not_run,
         "summary": rows,
     }
 
@@ -174,6 +176,8 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.json:
         write_json(arguments.json, results)
         print(f"saved {arguments.json}")
+    if results["not run"]:
+        parser.exit(2, "".join(f"{parser.prog}: {reason}\n" for reason in results["not run"].values()))
 
 
 if __name__ == "__main__":

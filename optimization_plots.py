@@ -6,6 +6,8 @@ from pathlib import Path
 from reporting import PALETTE, new_figure, save_figure
 
 MARKERS = "osD^vP*"
+COLOURS = (*PALETTE, "#c9a227")
+TICKS = (0.25, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 def plot_summary(results: Mapping[str, dict], baseline: float, path: Path) -> Path:
@@ -20,10 +22,15 @@ def plot_summary(results: Mapping[str, dict], baseline: float, path: Path) -> Pa
         quality = [100 * (baseline if each["quality"] is None else each["quality"]) for each in points]
         ax.scatter(
             [each["speedup"] for each in points], quality, s=42, alpha=0.85, zorder=3, edgecolors="white",
-            linewidths=0.5, marker=MARKERS[i % len(MARKERS)], color=PALETTE[i % len(PALETTE)], label=name,
+            linewidths=0.5, marker=MARKERS[i % len(MARKERS)], color=COLOURS[i % len(COLOURS)], label=name,
         )  # fmt: skip
     ax.set_xscale("log")
-    ax.set_xlabel("speedup of the part that is optimized, over the plain model (log scale)")
+    low, high = ax.get_xlim()
+    shown = [tick for tick in TICKS if low <= tick <= high]
+    ax.set_xticks(shown, [f"{tick:g}×" for tick in shown])
+    ax.set_xticks([], minor=True)
+    ax.set_ylim(top=101)
+    ax.set_xlabel("speedup of the part that is optimized, over the plain model")
     ax.set_ylabel("held-out captions right word for word, %")
     ax.set_title("Seven optimizations: speed and what it costs (dashed: the plain model)", fontsize=11)
     ax.legend(fontsize=8, loc="lower right")

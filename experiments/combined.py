@@ -74,7 +74,7 @@ def configurations(leave_out: bool, compiled: bool) -> dict[str, tuple[str, tupl
 
 def run(lab: Lab) -> dict:
     quick, compiled = lab.arguments.quick, lab.arguments.compile
-    sizes = ((1, 2 if quick else 5, True), (16, 1, False))
+    sizes = ((1, 2 if quick else 3, True), (16, 1, False))
     bar = tqdm(total=1 + len(sizes), desc="combined", leave=False)
     workshop = Workshop(lab)
     bar.update()
@@ -113,7 +113,8 @@ def measured(
         generate = lab.model.generate if name == BASELINE else forms[name].generate
         return [generate(prompts, images, max_new_tokens=new_tokens) for prompts, images in data[:count]]
 
-    timings = lab.compare({name: partial(say, name, batches) for name in wanted}, memory=False)
+    runs = 3 if lab.arguments.quick else 7
+    timings = lab.compare({name: partial(say, name, batches) for name in wanted}, memory=False, runs=runs)
     rows = []
     for name, (group, parts) in wanted.items():
         form, said, timing = forms[name], say(name, batches), timings[name]
@@ -129,7 +130,7 @@ def measured(
                 "images_per_second": batch * batches / timing.median,
                 "words_per_second": words / timing.median,
                 "speedup": timing.speedup_over(timings[BASELINE]),
-                "weight_bytes": sum(map(weight_bytes, (form.model, *([form.draft] if form.draft else [])))),
+                "weight_bytes": weights_of(form),
                 # Of image, prompt and two words: counting a whole caption's thousands of small calls takes minutes.
                 "peak_bytes": peak_memory(partial(say, name, 1, 2), lab.device),
                 "own_words": sum(torch.equal(a, b) for a, b in zip(said, own, strict=True)) / len(said),
@@ -137,6 +138,12 @@ def measured(
             }
         )
     return rows
+
+
+def weights_of(form: OptimizedFlamingo) -> int:
+    """Bytes of what is used: the model with its resampler or the one in its place, and the draft."""
+    parts = [form.model, form.resampler, *([form.draft] if form.draft else [])]
+    return sum(map(weight_bytes, parts)) - weight_bytes(form.model.resampler)
 
 
 def quality(lab: Lab, form: OptimizedFlamingo, parts: Sequence[str], known: dict[tuple, float]) -> float:

@@ -59,9 +59,7 @@ def run(lab: Lab) -> dict:
         ],
         "grids": list(coarse.grids),
         "of": "the resampler",
-        "points": [
-            point(f"exit within {100 * row['budget']:.2g} points", row["speedup"], row["right"]) for row in adaptive
-        ],
+        "points": [point(f"exit, may lose {row['budget']:.2%}", row["speedup"], row["right"]) for row in adaptive],
     }
 
 

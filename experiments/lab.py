@@ -70,11 +70,13 @@ class Lab:
             encode = model.resampler if exam.images.is_floating_point() else model.encode_media
         return evaluation.forced_matches(model, self.tokenizer, exam, encode)
 
-    def compare(self, functions: Mapping[str, Callable[[], object]], memory: bool = True) -> dict[str, Timing]:
-        """Times the functions in turns, for `seconds` altogether."""
+    def compare(
+        self, functions: Mapping[str, Callable[[], object]], memory: bool = True, runs: int = 3
+    ) -> dict[str, Timing]:
+        """Times the functions in turns, for `seconds` altogether and at least so many runs each."""
         with torch.inference_mode():
             return compare(
-                functions, device=self.device, warmup=1, min_runs=3, min_seconds=self.seconds, memory=memory
+                functions, device=self.device, warmup=1, min_runs=runs, min_seconds=self.seconds, memory=memory
             )
 
     def untrained(self, make: Callable[[], nn.Module]) -> nn.Module:

@@ -88,7 +88,7 @@ def say(model: MiniFlamingo, drafter: Drafter, name: str, count: int, prompts: T
 
 def run(lab: Lab) -> dict:
     drafter = Drafter(lab)
-    rows, sizes = [], ((1, 2 if lab.arguments.quick else 5, AT_ONE), (16, 1, IN_BATCHES))
+    rows, sizes = [], ((1, 2 if lab.arguments.quick else 3, AT_ONE), (16, 1, IN_BATCHES))
     bar = tqdm(total=len(sizes), desc="speculative decoding", leave=False)
     for batch, batches, drafts in sizes:
         rows += measured(lab, drafter, batch, batches, drafts)
@@ -127,7 +127,8 @@ def measured(lab: Lab, drafter: Drafter, batch: int, batches: int, drafts: list[
 
     truth = plain()
     words = sum(int((said != model.config.pad_token_id).sum()) for said in truth)
-    timings = lab.compare({PLAIN: plain, **{each: drafted(*each) for each in drafts}}, memory=False)
+    forms = {PLAIN: plain, **{each: drafted(*each) for each in drafts}}
+    timings = lab.compare(forms, memory=False, runs=3 if lab.arguments.quick else 5)
     rows = [{"batch": batch, "draft": PLAIN, "seconds": timings[PLAIN].median / words, "speedup": 1.0}]
     for name, count in drafts:
         said = drafted(name, count)()

@@ -3,34 +3,35 @@
 Legend: N images, P patches, L visual tokens, D width, C cheaper counts.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import companions
-from benchmarking import Timing
-from companions import CHEAP_COUNTS
-from confidence_head import calibrated_threshold
-from experiments.lab import SEED, Lab, point, share
+from experiments.lab import Lab, point, share
+from experiments.tokens_quality import (
+    BUDGETS,
+    Timings,
+    base_of,
+    beginning,
+    choose_policies,
+    controls_by_count,
+    judge,
+    relative_error,
+    right_by_count,
+)
+from experiments.tokens_tables import BASE, WIDE_IMAGES, WIDE_PATCHES, WIDE_TEXT, show
 from gated_cross_attention import GatedCrossAttentionBlock
 from interleaved_text import prompt_of
-from mini_flamingo_evaluation import Exam
 from perceiver_resampler import PerceiverResampler
-from reduced_tokens import AdaptiveTokenCount, media_space
-from reporting import Column, format_bytes, format_count, format_percent, format_ratio, format_seconds, table
+from reduced_tokens import media_space
 
 COUNTS = (64, 48, 32, 24, 16, 8, 4)  # of the trained model
-BASE = 64
-CONTROLLED = (48, 32, 16, 8, 4)  # set beside random tokens and averages
-WIDE_IMAGES, WIDE_PATCHES, WIDE_TEXT = 2, 576, 64
-BUDGETS = (0.0, 0.005, 0.01, 0.02)  # share of answers that the choice may lose on the calibration set
-POINT_BUDGET = 0.01
 
-Timings = Mapping[tuple, Timing]
+
+__all__ = ["run", "show"]
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def run(lab: Lab) -> dict:
         ],
         "policies": chosen or [{"budget": budget, "note": reason} for budget in BUDGETS],
         "of": "the resampler",
-        "points": [point(f"{count} tokens", speedups[count], quality[count]) for count in (32, 16) if count in speedups]
+        "points": [point(f"{count} tokens", speedups[count], quality[count]) for count in counts if count < BASE]
         + [
             point(f"{row['average']:.0f} tokens on average, chosen per image", row["speedup"], row["quality"])
             for row in chosen
@@ -104,15 +105,6 @@ def run(lab: Lab) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------- time
-
-
-def relative_error(ours: Tensor, plain: Tensor) -> float:
-    """The largest difference, relative to the largest value."""
-    return ((ours - plain).abs().max() / plain.abs().max()).item()
-
-
-def base_of(counts: Sequence[int]) -> int:
-    return BASE if BASE in counts else max(counts)
 
 
 def time_resampler(
@@ -213,194 +205,3 @@ def reading_rows(timings: Timings, kv_bytes: Mapping[int, int]) -> list[dict]:
             row[f"{part}_bytes"] = timing.peak_bytes
         rows.append(row)
     return rows
-
-
-# ---------------------------------------------------------------------------------------------------- quality
-
-
-def beginning(exam: Exam, count: int) -> Exam:
-    return replace(exam, examples=exam.examples[:count], images=exam.images[:count])
-
-
-def right_by_count(lab: Lab, exam: Exam, fast: PerceiverResampler, counts: Sequence[int]) -> dict[int, Tensor]:
-    """bool[N] by count: the quality of any choice of counts can be looked up in it."""
-    return {count: lab.right(exam, lambda x, count=count: fast(x, count)) for count in counts}
-
-
-def controls_by_count(lab: Lab, exam: Exam) -> dict[int, dict[str, float]]:
-    """As many of all the visual tokens, each image a random choice of its own; and all of them averaged in n groups."""
-    with torch.inference_mode():
-        exam = replace(exam, images=lab.model.resampler(exam.images))
-    generator = torch.Generator().manual_seed(SEED)
-
-    def random_tokens(x: Tensor, count: int) -> Tensor:
-        kept = torch.rand(x.shape[:3], generator=generator).argsort(dim=-1)[..., :count].to(x.device)
-        return x.gather(2, kept[..., None].expand(-1, -1, -1, x.shape[-1]))
-
-    def averages(x: Tensor, count: int) -> Tensor:
-        return F.adaptive_avg_pool1d(x.flatten(0, 1).mT, count).mT.unflatten(0, x.shape[:2])
-
-    def quality(make: Callable[[Tensor, int], Tensor], count: int) -> float:
-        return share(lab.right(exam, lambda x: make(x, count)))
-
-    fewer = [count for count in CONTROLLED if count < exam.images.shape[2]]
-    return {count: {"random": quality(random_tokens, count), "averages": quality(averages, count)} for count in fewer}
-
-
-# ---------------------------------------------------------------------------------------------------- a count per image
-
-
-def choose_policies(lab: Lab, fast: PerceiverResampler, right: Mapping[int, Tensor]) -> tuple[list[dict], str]:
-    """For each budget the module whose threshold keeps it on the calibration set (right: its bool[N] by count); or none
-    and the reason, where no head was trained for this model."""
-    if lab.arguments.data != "shapes":
-        return [], f"no head that chooses counts was trained for {lab.arguments.data}"
-    try:
-        head = companions.load(companions.count_head(lab.model.config), "count_head", lab.folder)
-    except ValueError as error:
-        return [], str(error)
-    head = head.to(lab.device, lab.dtype)
-    every = AdaptiveTokenCount(fast, head, CHEAP_COUNTS, threshold=0)
-    with torch.inference_mode():
-        risk = every.risks(lab.seen["calibration"].images).flatten(0, 1).cpu()
-    loses = right[every.counts[-1]][:, None] & ~torch.stack([right[count] for count in CHEAP_COUNTS], dim=1)
-    thresholds = {budget: calibrated_threshold(risk, loses, budget) for budget in BUDGETS}
-    return [
-        {"budget": budget, "module": AdaptiveTokenCount(fast, head, CHEAP_COUNTS, threshold)}
-        for budget, threshold in thresholds.items()
-    ], ""
-
-
-def judge(
-    lab: Lab, policy: dict, right: Mapping[int, Tensor], x: Tensor, timings: Timings, speedups: Mapping[int, float]
-) -> dict:
-    """One row: quality of the chosen counts, of the same counts dealt out at random (the mean over every way to do so)
-    and of the fixed count next above; and the measured time, choosing included."""
-    budget, module = policy["budget"], policy["module"]
-    with torch.inference_mode():
-        counts = module.choose(lab.seen_exam.images)[:, 0].cpu()
-        error = max(
-            relative_error(tokens, lab.model.resampler(x[rows], tokens.shape[2])) for rows, tokens in module.groups(x)
-        )
-    shares = {count: share(counts == count) for count in module.counts}
-    average = counts.double().mean().item()
-    fixed = min(count for count in right if count >= average)
-    return {
-        "budget": budget,
-        "threshold": module.threshold,
-        "average": average,
-        "histogram": {str(count): part for count, part in shares.items()},
-        "quality": share(torch.stack([right[count][i] for i, count in enumerate(counts.tolist())])),
-        "random_quality": sum(part * share(right[count]) for count, part in shares.items()),
-        "fixed": fixed,
-        "fixed_quality": share(right[fixed]),
-        "fixed_speedup": speedups[fixed],
-        "seconds": timings[budget].median,
-        "speedup": timings[budget].speedup_over(timings["plain", base_of(list(speedups))]),
-        "bytes": timings[budget].peak_bytes,
-        "error": error,
-    }
-
-
-# ---------------------------------------------------------------------------------------------------- text
-
-TOKENS = Column("tokens")
-RIGHT = Column("quality", "right", format_percent)
-RESAMPLING = [
-    Column("plain_seconds", "plain", format_seconds),
-    Column("plain_speedup", f"over {BASE}", format_ratio),
-    Column("media_space_seconds", "media space", format_seconds),
-    Column("speedup", "cheaper of both", format_ratio),
-    Column("flops", "FLOP/image", format_count),
-    Column("bytes", "memory", format_bytes),
-    Column("error", "error", "{:.0e}".format),
-]
-READING = [
-    Column("prefill_seconds", "prefill", format_seconds),
-    Column("prefill_speedup", f"over {BASE}", format_ratio),
-    Column("prefill_bytes", "memory", format_bytes),
-    Column("decode_seconds", "a word", format_seconds),
-    Column("decode_speedup", f"over {BASE}", format_ratio),
-    Column("kv_bytes", "K/V kept", format_bytes),
-]
-POLICY = [
-    Column("average", "tokens", "{:.1f}".format),
-    Column(
-        "histogram",
-        "% of images by count",
-        lambda shares: " ".join(f"{count}:{100 * part:.0f}" for count, part in shares.items()),
-    ),
-    RIGHT,
-    Column("random_quality", "at random", format_percent),
-    Column("seconds", "time", format_seconds),
-    Column("speedup", f"over {BASE}", format_ratio),
-    Column("error", "error", "{:.0e}".format),
-    Column("fixed", "fixed count"),
-    Column("fixed_quality", "right", format_percent),
-    Column("fixed_speedup", f"over {BASE}", format_ratio),
-]
-
-
-def show(result: dict) -> str:
-    sizes = result["sizes"]
-    asked = " and ".join(f"{count} ({name})" for name, count in result["images"].items())
-    quality = [Column(key, key, format_percent) for key in result["quality"][-1] if key != "tokens"]
-    policy = POLICY if "quality" in result["policies"][0] else [Column("note")]
-    tables = [
-        (
-            result["wide"],
-            [TOKENS, *RESAMPLING],
-            f"One resampler layer, width {result['width']}, {WIDE_IMAGES} images of {WIDE_PATCHES} patches "
-            f"(untrained weights: timing only). Baseline: the plain form at {BASE} tokens",
-        ),
-        (
-            result["wide reading"],
-            [TOKENS, *READING],
-            f"One gated layer of that size reads the image: a prompt of {WIDE_TEXT} words, then one word (untrained "
-            "weights: timing only)",
-        ),
-        (result["trained"], [TOKENS, *RESAMPLING], f"The trained resampler, {sizes['batch']} images"),
-        (
-            result["trained"],
-            [TOKENS, *READING, RIGHT],
-            f"The trained language model, all layers: {sizes['prompts']} prompts for a caption, then one word",
-        ),
-        (
-            result["quality"],
-            [TOKENS, *quality],
-            f"Captions right word for word, of {asked}; random tokens, averages of all tokens: of {sizes['controls']}",
-        ),
-        (
-            result["policies"],
-            [Column("budget", "budget", format_percent), *policy],
-            f"A count for each image ({sizes['batch']} are timed, choosing included); the next fixed count above it",
-        ),
-    ]
-    parts = [table(rows, columns, title) for rows, columns, title in tables]
-    return "\n\n".join(["2. Fewer visual tokens", *parts, "\n".join(conclusions(result))])
-
-
-def conclusions(result: dict) -> list[str]:
-    wide = next(row for row in result["wide"] if row["tokens"] == 16)
-    rows = {row["tokens"]: row for row in result["trained"]}
-    best = rows[max(rows)]["quality"]
-    lines = [
-        f"16 tokens from {WIDE_PATCHES} patches: {format_ratio(wide['plain_speedup'])} over {BASE} in the plain form, "
-        f"{format_ratio(wide['speedup'])} in media space, for {format_percent(wide['flops'] / wide['plain_flops'])} of "
-        "its operations."
-    ]
-    if 16 in rows:
-        lines.append(
-            f"The trained resampler at 16: {format_ratio(rows[16]['speedup'])}, and "
-            f"{100 * (best - rows[16]['quality']):.1f} points fewer right. The language model reads "
-            f"the prompt at {format_ratio(rows[16]['prefill_speedup'])} and says a word at "
-            f"{format_ratio(rows[16]['decode_speedup'])}: only the first of the two makes keys and values of them."
-        )
-    for row in result["policies"]:
-        if row["budget"] == POINT_BUDGET and "quality" in row:
-            lines.append(
-                f"A count for each image (budget {format_percent(POINT_BUDGET)}): {row['average']:.1f} tokens on "
-                f"average, {format_ratio(row['speedup'])}, {100 * (best - row['quality']):.1f} points fewer right than "
-                f"with all; {100 * (best - row['random_quality']):.1f} if the same counts are dealt out at random."
-            )
-    return lines

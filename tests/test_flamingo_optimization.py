@@ -126,7 +126,7 @@ def test_missing_companions_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(optimization, "exams_of", lambda data, root, count: exams_of(data, root, 2))
     with pytest.raises(SystemExit):
         main(["--quick", "--only", "6"])
-    assert "is missing: train it with python train_companions.py" in capsys.readouterr().err
+    assert "is missing: python train_companions.py makes it" in capsys.readouterr().err
 
 
 def test_help_teaches():
