@@ -7,7 +7,7 @@
     text_draft.safetensors      the same without images
     token_reader.safetensors    the resampler's warm-up decoder (made by train_mini_flamingo.py)
 
-`python train_companions.py` makes them.
+`python train_companions.py` makes them. All but the last are kept in bfloat16, for the bytes, and used in float32.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from mini_flamingo import MiniFlamingoConfig
 from mini_flamingo_checkpoint import SHIPPED, load_weights
 from token_reader import QueryGroup, TokenReader
 
-GRIDS = (2, 3, 5, 10)  # what each layer of the coarse-to-fine resampler sees; the patches are 10 x 10
+GRIDS = (3, 4, 5, 10)  # what each layer of the coarse-to-fine resampler sees; the patches are 10 x 10
 CHEAP_COUNTS = (4, 8, 16, 24, 32)  # visual tokens, instead of all 64
 DRAFT_DEPTH = 2
 

@@ -73,17 +73,19 @@ def preset(name: str) -> MiniFlamingoConfig:
 
 class MiniFlamingo(ConditionedLanguageModel):
     def __init__(self, config: MiniFlamingoConfig):
-        super().__init__(config)
-        self.vision_encoder = VisionEncoder(
+        # Drawn first, as an image comes first: the seed's random weights then stay what they always were.
+        vision_encoder = VisionEncoder(
             config.image_size, config.patch_size, config.vision_dim, config.vision_depth, config.vision_heads
         )
-        self.resampler = PerceiverResampler(
+        resampler = PerceiverResampler(
             config.vision_dim,
             config.resampler_depth,
             config.resampler_dim_head,
             config.resampler_heads,
             config.num_latents,
         )
+        super().__init__(config)
+        self.vision_encoder, self.resampler = vision_encoder, resampler
         for attention, _ in self.resampler.layers:
             sharpen(attention, config.attention_gain)
 

@@ -12,6 +12,7 @@ becomes of them.
 """
 
 import argparse
+import copy
 from functools import partial
 from pathlib import Path
 
@@ -34,9 +35,9 @@ from token_reader import reading_loss
 from training_loop import OtherRunError, Stage, Step, answer_loss, train_stage
 
 STAGES = {
-    "coarse": Stage(steps=1400, learning_rate=1e-3, batch_size=48),
-    "coarse_align": Stage(steps=400, learning_rate=4e-4, batch_size=48),
-    "exits": Stage(steps=250, learning_rate=2e-3, batch_size=64),
+    "coarse": Stage(steps=1000, learning_rate=1e-3, batch_size=48),
+    "coarse_align": Stage(steps=300, learning_rate=4e-4, batch_size=48),
+    "exits": Stage(steps=600, learning_rate=2e-3, batch_size=64),
     "counts": Stage(steps=250, learning_rate=2e-3, batch_size=64),
     "draft": Stage(steps=2000, learning_rate=2e-3, batch_size=48),
     "text_draft": Stage(steps=600, learning_rate=2e-3, batch_size=48),
@@ -216,7 +217,7 @@ def train(trainer: CompanionTrainer, stages: list[str], work: Path, seed: int, b
         ]
         seconds = train_stage(name, STAGES[name], [module], groups, partial(trainer.loss, name), work, seed, bf16)
         if learner not in map(trainer.learner, stages[i + 1 :]):
-            save_weights(trainer.folder / f"{learner}.safetensors", module)
+            save_weights(trainer.folder / f"{learner}.safetensors", copy.deepcopy(module).bfloat16())  # half the bytes
         record = read_json(record_file) if record_file.exists() else {}
         record[name] = {"steps": STAGES[name].steps, "seconds": round(seconds, 1)} | environment(trainer.device)
         write_json(record_file, record)

@@ -15,7 +15,15 @@ from readme_tables import IDEAS, optimizations_block
 from reporting import read_json
 
 ROOT = Path(__file__).parent.parent
+every_configuration = combined.configurations
 SCENES = 20  # the fewest
+
+
+def few_configurations(leave_out, compiled):
+    """Two parts alone, all together, and with the cache."""
+    rows = every_configuration(leave_out, compiled)
+    some = (combined.BASELINE, f"only {combined.HALF}", f"only {combined.DRAFT}", combined.ALL, "all four, warm cache")
+    return {name: rows[name] for name in some}
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +36,7 @@ def whole_run(tmp_path_factory):
         monkeypatch.setattr(optimization, "prepare", lambda arguments: replace(prepare(arguments), seconds=0.0))
         monkeypatch.setattr(speculation, "NEW_TOKENS", 6)
         monkeypatch.setattr(combined, "NEW_TOKENS", 6)
+        monkeypatch.setattr(combined, "configurations", few_configurations)
         printed = []
         monkeypatch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
         arguments = ["--quick", "--device", "cpu", "--preset", "shapes", "--scenes", str(SCENES)]
@@ -86,6 +95,18 @@ def test_the_summary_picks_the_fastest_within_one_point():
     picked = {name: row for name, row in zip("ab", rows, strict=True)}
     assert (picked["a"]["setting"], picked["a"]["within"]) == ("near", True)
     assert (picked["b"]["setting"], picked["b"]["within"]) == ("far", False)
+
+
+def test_each_part_stands_alone_is_added_and_is_left_out():
+    rows = every_configuration(leave_out=True, compiled=True)
+    of = {name: set(parts) for name, (_, parts) in rows.items()}
+    everything = set(combined.PARTS)
+    for part in everything:
+        assert {part} in of.values()
+        assert everything - {part} in of.values()
+    assert of[combined.BASELINE] == set()
+    assert of[combined.ALL] == everything
+    assert all(more - less for less, more in zip(list(of.values())[4:6], list(of.values())[5:7], strict=True))
 
 
 def test_the_readme_shows_every_optimization(whole_run):

@@ -26,7 +26,7 @@ def test_snippets_run(snippet, capsys):
 
 
 def test_there_are_snippets():
-    assert len(SNIPPETS) == 2
+    assert len(SNIPPETS) == 3
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\bmake (\w+)", README)) - {"are"}))

@@ -295,7 +295,8 @@ def test_the_fingerprint_changes_with_any_weight_or_setting():
 
 def test_the_fingerprint_is_the_same_in_another_process_and_order_of_settings():
     code = (
-        "from visual_token_cache import *; torch.manual_seed(3);print(fingerprint_of(nn.Linear(3, 2), b=[1], a=None))"
+        "import torch; from visual_token_cache import fingerprint_of; torch.manual_seed(3);"
+        "print(fingerprint_of(torch.nn.Linear(3, 2), b=[1], a=None))"
     )
     theirs = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root())
     torch.manual_seed(3)
