@@ -42,6 +42,12 @@ class CoarseToFineResampler(PerceiverResampler):
             raise ValueError(f"grids must go from coarse to fine, each 1 or more; got {list(grids)}")
         self.grids = tuple(grids)
 
+    def flatten_media(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """As the plain resampler's, for single frames: several are no one square. Raises ValueError for more."""
+        if x.dim() == 5 and x.shape[2] > 1:
+            raise ValueError(f"a coarse-to-fine resampler reads single frames; got {x.shape[2]} of them")
+        return super().flatten_media(x)
+
     def run_layer(self, layer: int, media: Tensor, latents: Tensor) -> Tensor:
         """Raises ValueError for patches that form no square, or one coarser than this layer's grid."""
         return super().run_layer(layer, averaged(media, self.grids[layer]), latents)
@@ -99,9 +105,9 @@ class AdaptivePerceiverResampler(nn.Module):
                 continue
             normed = self.resampler.norm(latents)
             stays = self.heads[layer](normed)[:, 0] >= self.threshold
-            staying = stays.nonzero().squeeze(1)
-            if len(staying) < len(here):
-                leaving = (~stays).nonzero().squeeze(1)
+            order, leave = stays.int().argsort(stable=True), len(here) - int(stays.sum())  # the one wait for the device
+            if leave:
+                leaving, staying = order[:leave], order[leave:]
                 done[here[leaving]], exits[here[leaving]] = normed[leaving], layer + 1
                 media, latents, here = media[staying], latents[staying], here[staying]
             if not len(here):
@@ -110,11 +116,13 @@ class AdaptivePerceiverResampler(nn.Module):
         return done.unflatten(0, leading), exits.unflatten(0, leading)
 
 
-def risks(resampler: PerceiverResampler, heads: Sequence[RiskHead], x: Tensor) -> tuple[Tensor, Tensor]:
+def risks(
+    resampler: PerceiverResampler, heads: Sequence[RiskHead], x: Tensor, num_latents: int | None = None
+) -> tuple[Tensor, Tensor]:
     """What calibration needs: the risk behind every layer but the last, float[N, depth - 1], and the visual tokens
     after each depth, float[depth, B, M, L, D]."""
     media, leading = resampler.flatten_media(x)
-    latents = resampler.first_latents(len(media))
+    latents = resampler.first_latents(len(media), num_latents)
     tokens = []
     for layer in range(len(resampler.layers)):
         latents = resampler.run_layer(layer, media, latents)

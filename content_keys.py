@@ -49,20 +49,28 @@ def fingerprint_of(*modules: nn.Module, **settings: object) -> str:
         raise ValueError(f"settings must be JSON values (numbers, text, lists, dicts): {error}") from None
     for module in modules:
         # Printed, a module tells its parts and their options; numbers that ours keep as attributes are not in that.
-        numbers = [
-            [name, sorted((k, v) for k, v in vars(part).items() if k != "training" and type(v) in (bool, int, float))]
-            for name, part in module.named_modules()
-        ]
-        digest.update(json.dumps([repr(module), numbers]).encode())
+        digest.update(json.dumps([repr(module), _plain_attributes(module)]).encode())
         for name, tensor in _weights(module):
             update_digest(digest, name, tensor)
     return digest.hexdigest()
 
 
+def _plain_attributes(module: nn.Module) -> list:
+    """Numbers, texts and sequences of them that a module and its parts keep as attributes."""
+
+    def is_plain(value: object) -> bool:
+        return type(value) in (bool, int, float, str) or (type(value) in (tuple, list) and all(map(is_plain, value)))
+
+    return [
+        [name, sorted((k, v) for k, v in vars(part).items() if k != "training" and is_plain(v))]
+        for name, part in module.named_modules()
+    ]
+
+
 class LiveFingerprint:
-    """`fingerprint_of` the modules as they are at each call: made anew once a weight was replaced or written to, which
-    torch counts. (It does not count writes through `.data`: avoid those.) Looking costs below a millisecond; a server
-    whose weights never change gives the cache the text of `fingerprint_of` instead."""
+    """`fingerprint_of` the modules as they are at each call: made anew once an attribute was changed, or a weight
+    replaced or written to, which torch counts. (It does not count writes through `.data`: avoid those.) Looking costs
+    about a millisecond; a server whose weights never change gives the cache the text of `fingerprint_of` instead."""
 
     def __init__(self, *modules: nn.Module, **settings: object):
         self.modules, self.settings = modules, settings
@@ -80,7 +88,7 @@ class LiveFingerprint:
             (tensor.data_ptr(), tensor.dtype, 0 if tensor.is_inference() else tensor._version)
             for module in self.modules
             for _, tensor in _weights(module)
-        ]
+        ] + [_plain_attributes(module) for module in self.modules]
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

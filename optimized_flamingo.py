@@ -22,7 +22,7 @@ from conditioned_language_model import check_prompts
 from reduced_precision import reduced
 from speculative_decoding import Draft, NoDraft, ParallelDraft, Speculation, speculate
 from token_sampling import next_token_probabilities
-from visual_token_cache import VisualTokenCache, fingerprint_of
+from visual_token_cache import LiveFingerprint, VisualTokenCache
 
 
 class Reader(Protocol):
@@ -70,15 +70,17 @@ class OptimizedFlamingo:
         compile_ = partial(torch.compile, dynamic=False) if compiled else lambda function: function
         self.decode = compile_(self.model.decode)
         self.draft_decode = self.draft and compile_(self.draft.decode)
-        self.cache, self.encode_media = None, self._encode_media
+        self.cache, self.encode_media = None, self.encode_anew
         if cache_bytes is not None:
             settings = {"num_latents": num_latents, "precision": precision}
-            weights = fingerprint_of(self.model.vision_encoder, self.resampler, **settings)
+            # Live: without a precision of its own this is the caller's model, which may be trained further.
+            weights = LiveFingerprint(self.model.vision_encoder, self.resampler, **settings)
             self.cache = VisualTokenCache(cache_bytes, weights)
-            self.encode_media = self.cache.wrap(self._encode_media)
+            self.encode_media = self.cache.wrap(self.encode_anew)
 
-    def _encode_media(self, images: Tensor) -> Tensor:
-        patches = self.model.vision_encoder(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+    def encode_anew(self, images: Tensor) -> Tensor:
+        """Images uint8[B, M, 3, h, w], or [B, M, F, 3, h, w], to visual tokens float[B, M, L, D], past the cache."""
+        patches = self.model.vision_encoder(images.flatten(0, -4)).unflatten(0, images.shape[:-3])
         return self.resampler(patches, self.num_latents)
 
     @torch.inference_mode()

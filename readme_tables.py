@@ -101,9 +101,10 @@ def optimizations_block(results: dict) -> str:
         right = results["quality"] if row["quality"] is None else row["quality"]
         rows.append({**row, "optimization": f"**{name}**: {idea}", "file": f"`{module}.py`", "right": right})
     columns = [
-        "optimization", "file", Column("setting", "fastest setting within 1 point"),
+        "optimization", "file", Column("setting", "fastest setting"),
         Column("speedup", "speedup", format_ratio), Column("of", "of what"),
-        Column("right", "right", format_percent), Column("bytes", "memory", format_bytes),
+        Column("right", "right", format_percent), Column("within", "within 1 point"),
+        Column("bytes", "memory", format_bytes),
     ]  # fmt: skip
     environment = results["environment"]
     machine = f"{_accelerator(environment)}{environment['threads']} threads of {environment['cpu']}"

@@ -13,9 +13,10 @@ Matrices, convolutions and embeddings carry nearly all bytes and operations, so 
 * "int8 weight-only": the same weights, converted back to bf16 where they are used: fewer bytes, no fewer operations.
 * "fp8": both factors in float8 (e4m3), one scale per row; on GPUs of compute capability 8.9 and up.
 
-Norms keep float32 parameters and normalise in float32, and the tanh gates of cross-attention keep theirs: together a
-few thousandths of the bytes at most, and a rounded gate would scale a whole layer wrongly. Buffers are left as they
-are. The 8-bit kernels are torchao's. Left out: calibration, 4 bits, and training in reduced precision.
+Norms (torch's LayerNorm and GroupNorm) keep float32 parameters and normalise in float32, and the tanh gates of
+cross-attention keep theirs: together a few thousandths of the bytes at most, and a rounded gate would scale a whole
+layer wrongly. Buffers are left as they are. The 8-bit kernels are torchao's. Left out: other norms, calibration, 4
+bits, and training in reduced precision.
 """
 
 import copy

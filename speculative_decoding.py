@@ -48,17 +48,24 @@ class Draft(Protocol):
 
 @dataclass(frozen=True)
 class Speculation:
-    """tokens int64[B, N], padded behind the end; passes: how often the target ran; proposed and accepted: guesses, of
-    rows that had not ended."""
+    """tokens int64[B, N], padded behind the end; passes: how often the target ran. Of rows that had not ended, guesses
+    proposed; looked at, which those behind a refused one are not; and accepted."""
 
     tokens: Tensor
     passes: int
     proposed: int
+    looked_at: int
     accepted: int
 
     @property
     def acceptance(self) -> float:
+        """The share of all guesses that were accepted: those behind a refused one count as refused."""
         return self.accepted / max(1, self.proposed)
+
+    @property
+    def acceptance_of_each(self) -> float:
+        """The chance that a guess which is looked at is accepted: the alpha of Leviathan et al. 2023."""
+        return self.accepted / max(1, self.looked_at)
 
 
 @torch.inference_mode()
@@ -97,7 +104,7 @@ def speculate(
     text[:, width] = _draw(allowed(logits), probabilities, generator)
     length += 1
     ended = (text[:, width] == end_id) | (max_new_tokens == 1)
-    passes = proposed = accepted = 0
+    passes = proposed = looked_at = accepted = 0
     while not ended.all():
         guess = draft.propose(text, length, count)
         last = text.gather(1, length[:, None] - 1)
@@ -109,7 +116,9 @@ def speculate(
         until = torch.where(is_end.any(1), is_end.int().argmax(1), kept) + 1  # words gained, the end among them
         until = until.minimum(width + max_new_tokens - length)
         passes, proposed = passes + 1, proposed + int((~ended).sum()) * count
-        accepted += int(kept.minimum(until)[~ended].sum())
+        taken = kept.minimum(until)
+        accepted += int(taken[~ended].sum())
+        looked_at += int((taken + ((kept < count) & (kept < until)))[~ended].sum())
         gained = torch.where(ended, 0, until)
         slots = length[:, None] + block
         said = said.where(block < gained[:, None], text.gather(1, slots))
@@ -117,7 +126,7 @@ def speculate(
         length = length + gained
         ended |= is_end.any(1) | (length >= width + max_new_tokens)
     new = text[:, width : int(length.max())]
-    return Speculation(new, passes, proposed, accepted)
+    return Speculation(new, passes, proposed, looked_at, accepted)
 
 
 def _draw(logits: Tensor, probabilities: Probabilities | None, generator: torch.Generator | None) -> Tensor:

@@ -13,6 +13,8 @@ becomes of them.
 
 import argparse
 import copy
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,12 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import companions
+from adaptive_resampler import risks
 from benchmarking import choose_device, environment
 from command_line import positive_int
-from companions import CHEAP_COUNTS
+from companions import BUDGETS, CHEAP_COUNTS
 from conditioned_language_model import ConditionedLanguageModel
+from confidence_head import calibrated_threshold
 from interleaved_text import UNASKED, tokenize
 from mini_flamingo_checkpoint import SHIPPED, load_mini_flamingo, save_weights
+from mini_flamingo_evaluation import caption_exam, forced_matches
 from reporting import read_json, write_json
 from shapes_curriculum import ShapesCurriculum, scene_targets, single_image_example
 from shapes_texts import caption_example
@@ -34,16 +39,19 @@ from shapes_world import MAX_OBJECTS, render, sample_scene
 from token_reader import reading_loss
 from training_loop import OtherRunError, Stage, Step, answer_loss, train_stage
 
+LEARNERS = ("coarse_to_fine", "exit_heads", "count_head")  # that thresholds are set for
 STAGES = {
     "coarse": Stage(steps=1000, learning_rate=1e-3, batch_size=48),
     "coarse_align": Stage(steps=300, learning_rate=4e-4, batch_size=48),
-    "exits": Stage(steps=600, learning_rate=2e-3, batch_size=64),
+    "exits": Stage(steps=400, learning_rate=2e-3, batch_size=64),
     "counts": Stage(steps=250, learning_rate=2e-3, batch_size=64),
     "draft": Stage(steps=2000, learning_rate=2e-3, batch_size=48),
     "text_draft": Stage(steps=600, learning_rate=2e-3, batch_size=48),
 }
 # What goes with a stage; finished ones take no time.
-NEEDS = {"coarse": ("coarse_align",), "coarse_align": ("coarse",), "exits": ("coarse", "coarse_align")}
+COARSE = ("coarse", "coarse_align", "exits")
+NEEDS = dict.fromkeys(COARSE, COARSE)
+CALIBRATION_SCENES, CALIBRATION_SEED = 1024, 5  # held out, and drawn apart from every exam
 WORDS_AHEAD = 8  # how many words a draft learns to say in one pass
 LATENTS, LATENT_WEIGHTS = (16, 32, 64), (0.15, 0.35, 0.5)
 
@@ -205,6 +213,31 @@ def risk_loss(logits: Tensor, right: Tensor) -> tuple[Tensor, dict[str, float]]:
     return loss, stats | {"agrees": agrees.float().mean().item()}
 
 
+@torch.inference_mode()
+def calibrate(trainer: CompanionTrainer) -> dict:
+    """`companions.thresholds`: on held-out captions, for each budget the highest threshold that keeps it."""
+    exam = caption_exam(CALIBRATION_SCENES, seed=CALIBRATION_SEED)
+    model, tokenizer = trainer.model, trainer.curriculum.tokenizer
+    heads = {name: companions.load(trainer.modules[name], name, trainer.folder) for name in LEARNERS}
+    patches = [model.vision_encoder(images.flatten(0, 1).to(trainer.device)) for images in exam.images.split(64)]
+    exam = replace(exam, images=torch.cat(patches)[:, None])
+
+    def by_budget(risk: Tensor, encodings: list[Callable[[Tensor], Tensor]]) -> dict[str, float]:
+        """Of cheaper ways in their order, the dear one last."""
+        right = torch.stack([forced_matches(model, tokenizer, exam, encode) for encode in encodings], dim=1)
+        loses = right[:, -1:] & ~right[:, :-1]
+        return {str(budget): calibrated_threshold(risk.cpu(), loses, budget) for budget in BUDGETS}
+
+    coarse, found = heads["coarse_to_fine"], {}
+    for count in (32, 64):
+        risk = torch.cat([risks(coarse, heads["exit_heads"], each[:, None], count)[0] for each in patches])
+        depths = range(1, len(coarse.layers) + 1)
+        found[str(count)] = by_budget(risk, [partial(coarse, num_latents=count, depth=depth) for depth in depths])
+    risk = torch.cat([heads["count_head"](each) for each in patches])
+    ways = [partial(model.resampler, num_latents=count) for count in (*CHEAP_COUNTS, None)]
+    return {"scenes": len(exam.examples), "exits": found, "counts": by_budget(risk, ways)}
+
+
 def train(trainer: CompanionTrainer, stages: list[str], work: Path, seed: int, bf16: bool) -> None:
     """Runs these stages and saves what they trained as soon as the last one that trains it is done."""
     record_file = trainer.folder / "companions.json"
@@ -219,8 +252,13 @@ def train(trainer: CompanionTrainer, stages: list[str], work: Path, seed: int, b
         if learner not in map(trainer.learner, stages[i + 1 :]):
             save_weights(trainer.folder / f"{learner}.safetensors", copy.deepcopy(module).bfloat16())  # half the bytes
         record = read_json(record_file) if record_file.exists() else {}
-        record[name] = {"steps": STAGES[name].steps, "seconds": round(seconds, 1)} | environment(trainer.device)
+        spent = {"steps": STAGES[name].steps, "seconds": round(seconds, 1)}
+        if record.get(name, {}).items() >= spent.items():  # done by an earlier run: its record stands
+            continue
+        record[name] = spent | environment(trainer.device)
         write_json(record_file, record)
+    if all((trainer.folder / f"{name}.safetensors").exists() for name in LEARNERS):
+        write_json(trainer.folder / "thresholds.json", calibrate(trainer))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -28,14 +28,13 @@ SEED = 0  # of random weights, inputs and choices
 @dataclass(frozen=True, eq=False)
 class Lab:
     """model: the trained one, in `dtype` on `device`, eval mode; folder: where it and its companions are. exams: by
-    name, the first is the one that "quality" means; calibration: others of that kind, to set thresholds on. preset:
-    the larger shapes. seconds: how long one comparison measures."""
+    name, the first is the one that "quality" means. preset: the larger shapes. seconds: how long one comparison
+    measures."""
 
     model: MiniFlamingo
     tokenizer: WordTokenizer
     folder: Path
     exams: Mapping[str, Exam]
-    calibration: Exam
     arguments: argparse.Namespace  # data, quick, seconds and whatever else the command line says
     preset: MiniFlamingoConfig
     device: torch.device
@@ -48,9 +47,9 @@ class Lab:
 
     @cached_property
     def seen(self) -> dict[str, Exam]:
-        """The exams and "calibration" with the vision encoder's patches float[N, M, P, D] in place of the images: its
+        """The exams with the vision encoder's patches float[N, M, P, D] in place of the images: its
         work is done once, and `encode` then goes from patches to visual tokens."""
-        return {name: self.see(exam) for name, exam in {**self.exams, "calibration": self.calibration}.items()}
+        return {name: self.see(exam) for name, exam in self.exams.items()}
 
     @property
     def seen_exam(self) -> Exam:
@@ -90,18 +89,14 @@ class Lab:
         return values.to(self.device, self.dtype)
 
 
-def exams_of(data: str, cifar_root: Path | None, count: int) -> tuple[dict[str, Exam], Exam]:
-    """The exams of a data set, by name, and the one for calibration: captions of held-out images."""
+def exams_of(data: str, cifar_root: Path | None, count: int) -> dict[str, Exam]:
+    """The exams of a data set, by name: captions of held-out images."""
     if data == "cifar10":
-        test = load_cifar10(cifar_root, "test")
-        both = mosaic_exam(test, "list", 2 * count)
-        halves = [Exam(both.examples[part], both.images[part]) for part in (slice(count), slice(count, None))]
-        return {"mosaics": halves[0]}, halves[1]
-    exams = {
+        return {"mosaics": mosaic_exam(load_cifar10(cifar_root, "test"), "list", count)}
+    return {
         "scenes of 1-8 objects": evaluation.caption_exam(count, seed=1),
         "scenes of 8-10 objects": evaluation.caption_exam(count, objects=(8, MAX_OBJECTS), seed=4),
     }
-    return exams, evaluation.caption_exam(count, seed=5)
 
 
 def point(setting: str, speedup: float, quality: float | None = None, num_bytes: int | None = None) -> dict:

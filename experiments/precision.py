@@ -43,6 +43,8 @@ Call = Callable[[nn.Module], Tensor]  # of a module, or of its compiled form, on
 
 
 def run(lab: Lab) -> dict:
+    if lab.dtype != torch.float32:
+        raise ValueError("precisions are set beside float32, the plain model's: leave out --dtype")
     sizes = WIDTHS[:3] if lab.arguments.quick else WIDTHS
     steps = 3 + len(sizes) + len(PRECISIONS)
     with torch.inference_mode(), tqdm(total=steps, desc="precision", leave=False) as bar:
@@ -56,7 +58,7 @@ def run(lab: Lab) -> dict:
         widths = [row for width in _ticking(bar, sizes) for row in _width_rows(lab, width)]
         result["widths"] = sorted(widths, key=lambda row: (row["rows"], row["width"]))
         result["trained"] = _trained_rows(lab, bar)
-    result["of"] = "image to first word, batch 64"
+    result["of"] = f"image to first word, batch {result['trained'][0]['batch']}"
     result["points"] = [
         point(row["precision"], row["speedup"], row["quality"], row["weight bytes"])
         for row in result["trained"]
@@ -217,7 +219,7 @@ def _width_rows(lab: Lab, width: int) -> list[dict]:
 def _trained_rows(lab: Lab, bar: tqdm) -> list[dict]:
     """Images to visual tokens, prompts with those to the logits of the next word, and the exam."""
     copies = _copies(lab, lab.model)
-    batch = BATCH // 4 if lab.arguments.quick else BATCH
+    batch = min(len(lab.exam.examples), BATCH // 4 if lab.arguments.quick else BATCH)
     images = lab.exam.images[:batch].to(lab.device)
     prompts = [prompt_of(example) for example in lab.exam.examples[:batch]]
     ids = lab.tokenizer.pad_left(prompts).to(lab.device)

@@ -4,7 +4,7 @@ Legend: N images, P patches, L visual tokens, D width, C cheaper counts.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from experiments.lab import Lab, point, share
 from experiments.tokens_quality import (
-    BUDGETS,
     Timings,
     base_of,
     beginning,
@@ -50,11 +49,13 @@ QUICK = Sizes(wide_counts=(64, 16), batch=4, prompts=4, others=8, controls=8)
 
 
 def run(lab: Lab) -> dict:
-    sizes = QUICK if lab.arguments.quick else Sizes()
+    sizes, available = QUICK if lab.arguments.quick else Sizes(), len(lab.exam.examples)
+    limited = ("batch", "prompts", "others", "controls")
+    sizes = replace(sizes, **{name: min(available, getattr(sizes, name)) for name in limited})
     plain, fast = lab.model.resampler, media_space(lab.model.resampler)
     counts = [count for count in COUNTS if count <= len(plain.latents)]
     first = next(iter(lab.exams))
-    with tqdm(total=5 + 2 * len(lab.exams), desc="fewer tokens", leave=False) as bar:
+    with tqdm(total=4 + 2 * len(lab.exams), desc="fewer tokens", leave=False) as bar:
 
         def done(value):
             bar.update()
@@ -62,13 +63,10 @@ def run(lab: Lab) -> dict:
 
         wide = done(time_wide_resampler(lab, sizes))
         wide_reading = done(time_wide_reading(lab, sizes))
-        exams = {
-            name: exam if name in (first, "calibration") else beginning(exam, sizes.others)
-            for name, exam in lab.seen.items()
-        }
+        exams = {name: exam if name == first else beginning(exam, sizes.others) for name, exam in lab.seen.items()}
         right = {name: done(right_by_count(lab, exam, fast, counts)) for name, exam in exams.items()}
         controls = {name: done(controls_by_count(lab, beginning(exams[name], sizes.controls))) for name in lab.exams}
-        policies, reason = choose_policies(lab, fast, right["calibration"])
+        policies, reason = choose_policies(lab, fast)
         x = lab.seen_exam.images[: sizes.batch]
         others = {policy["budget"]: lambda choose=policy["module"]: choose.groups(x) for policy in policies}
         rows, timings = time_resampler(lab, plain, fast, x, counts, others)
@@ -94,7 +92,7 @@ def run(lab: Lab) -> dict:
             }
             for count in counts
         ],
-        "policies": chosen or [{"budget": budget, "note": reason} for budget in BUDGETS],
+        "policies": chosen or [{"budget": None, "note": reason}],
         "of": "the resampler",
         "points": [point(f"{count} tokens", speedups[count], quality[count]) for count in counts if count < BASE]
         + [

@@ -9,8 +9,7 @@ from torch import Tensor
 
 import companions
 from benchmarking import Timing
-from companions import CHEAP_COUNTS
-from confidence_head import calibrated_threshold
+from companions import BUDGETS, CHEAP_COUNTS
 from experiments.lab import SEED, Lab, share
 from experiments.tokens_tables import BASE
 from mini_flamingo_evaluation import Exam
@@ -18,7 +17,6 @@ from perceiver_resampler import PerceiverResampler
 from reduced_tokens import AdaptiveTokenCount
 
 CONTROLLED = (48, 32, 16, 8, 4)  # set beside random tokens and averages
-BUDGETS = (0.0, 0.005, 0.01, 0.02)  # share of answers that the choice may lose on the calibration set
 
 Timings = Mapping[tuple, Timing]
 
@@ -61,24 +59,17 @@ def controls_by_count(lab: Lab, exam: Exam) -> dict[int, dict[str, float]]:
     return {count: {"random": quality(random_tokens, count), "averages": quality(averages, count)} for count in fewer}
 
 
-def choose_policies(lab: Lab, fast: PerceiverResampler, right: Mapping[int, Tensor]) -> tuple[list[dict], str]:
-    """For each budget the module whose threshold keeps it on the calibration set (right: its bool[N] by count); or none
-    and the reason, where no head was trained for this model."""
+def choose_policies(lab: Lab, fast: PerceiverResampler) -> tuple[list[dict], str]:
+    """For each budget the module whose threshold keeps it on calibration scenes; or none and the reason, where no head
+    was trained for this model."""
     if lab.arguments.data != "shapes":
         return [], f"no head that chooses counts was trained for {lab.arguments.data}"
-    try:
-        head = companions.load(companions.count_head(lab.model.config), "count_head", lab.folder)
-    except ValueError as error:
-        return [], str(error)
+    head = companions.load(companions.count_head(lab.model.config), "count_head", lab.folder)
     head = head.to(lab.device, lab.dtype)
-    every = AdaptiveTokenCount(fast, head, CHEAP_COUNTS, threshold=0)
-    with torch.inference_mode():
-        risk = every.risks(lab.seen["calibration"].images).flatten(0, 1).cpu()
-    loses = right[every.counts[-1]][:, None] & ~torch.stack([right[count] for count in CHEAP_COUNTS], dim=1)
-    thresholds = {budget: calibrated_threshold(risk, loses, budget) for budget in BUDGETS}
+    thresholds = companions.thresholds(lab.folder)["counts"]
     return [
-        {"budget": budget, "module": AdaptiveTokenCount(fast, head, CHEAP_COUNTS, threshold)}
-        for budget, threshold in thresholds.items()
+        {"budget": budget, "module": AdaptiveTokenCount(fast, head, CHEAP_COUNTS, thresholds[str(budget)])}
+        for budget in BUDGETS
     ], ""
 
 
