@@ -176,8 +176,8 @@ def show(result: dict) -> str:
         "against all layers of the same resampler, heads included.",
     ]
     lines.append(
-        f"Where {POINT_BUDGET:.1%} may be lost: {chosen['saved']:.1%} of the time saved, at {chosen['depth']:.2f} layers "
-        f"on average; {chosen['right']:.1%} right where all layers have {chosen['full']:.1%}, and the same exits dealt "
+        f"Where {POINT_BUDGET:.1%} may be lost: {chosen['saved']:.1%} of the time saved, at {chosen['depth']:.2f} layers"
+        f" on average; {chosen['right']:.1%} right where all layers have {chosen['full']:.1%}, and the same exits dealt "
         f"out at random {chosen['random']:.1%}. (One scene is {1 / result['scenes']:.2%}.)"
     )
     return "\n".join(lines)
