@@ -86,6 +86,8 @@ class MiniFlamingo(ConditionedLanguageModel):
         )
         super().__init__(config)
         self.vision_encoder, self.resampler = vision_encoder, resampler
+        for name in ("language_model", "gated_layers"):  # behind them, in the order of figure 3
+            self._modules[name] = self._modules.pop(name)
         for attention, _ in self.resampler.layers:
             sharpen(attention, config.attention_gain)
 

@@ -175,9 +175,10 @@ def show(result: dict) -> str:
         f"{result['scenes']} held-out scenes; thresholds set on {result['calibration scenes']} others. Time saved is "
         "against all layers of the same resampler, heads included.",
     ]
+    saved = f"{chosen['saved']:.1%} of the time saved, at {chosen['depth']:.2f} layers on average"
     lines.append(
-        f"Where {POINT_BUDGET:.1%} may be lost: {chosen['saved']:.1%} of the time saved, at {chosen['depth']:.2f} layers"
-        f" on average; {chosen['right']:.1%} right where all layers have {chosen['full']:.1%}, and the same exits dealt "
-        f"out at random {chosen['random']:.1%}. (One scene is {1 / result['scenes']:.2%}.)"
+        f"Where {POINT_BUDGET:.1%} may be lost: {saved}; {chosen['right']:.1%} right where all layers have "
+        f"{chosen['full']:.1%}, and the same exits dealt out at random {chosen['random']:.1%}. (One scene is "
+        f"{1 / result['scenes']:.2%}.)"
     )
     return "\n".join(lines)

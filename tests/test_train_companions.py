@@ -233,7 +233,7 @@ def test_a_folder_without_a_model_ends_with_a_sentence(tmp_path, capsys):
     check_refused(capsys, "no trained Mini Flamingo in", tmp_path, "--only", "counts")
     model_folder(tmp_path)
     (tmp_path / "model" / "token_reader.safetensors").unlink()
-    check_refused(capsys, "token_reader.safetensors is missing: train it with python train_", tmp_path)
+    check_refused(capsys, "token_reader.safetensors is missing: python train_mini_flamingo.py makes it", tmp_path)
     assert not (tmp_path / "work").exists()
 
 
