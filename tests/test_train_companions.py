@@ -33,6 +33,7 @@ LEARNER = {
 def _short_stages(monkeypatch):
     short = {name: replace(stage, steps=2, batch_size=4) for name, stage in train.STAGES.items()}
     monkeypatch.setattr(train, "STAGES", short)
+    monkeypatch.setattr(train, "CALIBRATION_SCENES", 8)
     monkeypatch.setattr(training_loop, "SAVE_EVERY", 1)
 
 
@@ -169,6 +170,7 @@ def whole_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         short = {name: replace(stage, steps=2, batch_size=4) for name, stage in train.STAGES.items()}
         monkeypatch.setattr(train, "STAGES", short)
+        monkeypatch.setattr(train, "CALIBRATION_SCENES", 8)
         monkeypatch.setattr(training_loop, "SAVE_EVERY", 1)
         run_script(path, "--only", "coarse_align", "counts")
     return path
@@ -199,11 +201,11 @@ def test_a_run_trains_what_its_stages_need_and_writes_where_it_is_told(whole_run
     files = {path.relative_to(whole_run).as_posix() for path in whole_run.rglob("*") if path.is_file()}
     assert files == {
         "model/model.safetensors", "model/token_reader.safetensors", "model/coarse_to_fine.safetensors",
-        "model/count_head.safetensors", "model/companions.json", "work/coarse.pt", "work/coarse_align.pt",
-        "work/counts.pt",
+        "model/exit_heads.safetensors", "model/count_head.safetensors", "model/companions.json",
+        "model/thresholds.json", "work/coarse.pt", "work/coarse_align.pt", "work/exits.pt", "work/counts.pt",
     }  # fmt: skip
     record = read_json(whole_run / "model" / "companions.json")
-    assert record.keys() == {"coarse", "coarse_align", "counts"}
+    assert record.keys() == {"coarse", "coarse_align", "exits", "counts"}
     assert all(stage["steps"] == 2 and stage["seconds"] > 0 for stage in record.values())
     for name in ("model", "token_reader"):
         before, now = (path / f"{name}.safetensors" for path in (SHIPPED, whole_run / "model"))
