@@ -14,6 +14,9 @@ untrained weights and serve for timing only.
 """
 
 import argparse
+import os
+import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -68,6 +71,9 @@ def prepare(arguments: argparse.Namespace) -> Lab:
         raise ValueError("--dtype float16: CPUs only emulate its matrix products; use bfloat16, or a GPU")
     if arguments.scenes and arguments.scenes < 20:
         raise ValueError(f"--scenes must be at least 20, what the experiments time; got {arguments.scenes}")
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if arguments.compile and shutil.which(compiler) is None:
+        raise ValueError(f"--compile needs a C++ compiler, and there is no {compiler}: install one or leave it out")
     folder = FOLDERS[arguments.data]
     if not folder.exists():
         raise ValueError(

@@ -6,9 +6,6 @@ narrow to wide, and the trained model from image to the first word. Errors are r
 
 import copy
 import logging
-import os
-import shutil
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -35,8 +32,7 @@ __all__ = ["run", "show"]
 PATCHES = 576
 WIDTHS = (256, 512, 1024, 2048, 4096)
 ROWS = (1, 64, 512)
-COMPILED = ("bf16", "fp32", "int8 dynamic", "int8 weight-only")  # in this order, while there is time
-COMPILE_SECONDS = 12.0  # after so many, no further form is compiled
+COMPILED = ("fp32", "bf16", "int8 dynamic", "int8 weight-only")
 BATCH = 64
 
 Call = Callable[[nn.Module], Tensor]  # of a module, or of its compiled form, on inputs of its precision
@@ -130,14 +126,12 @@ def _reduced_rows(
     calls = {name: prepare(small, activation_dtype(name)) for name, small in copies.items()}
     forms = {(name, "eager"): partial(calls[name], small) for name, small in copies.items()}
     rows = {(name, "eager"): {"note": unavailable(name, lab.device)} for name in PRECISIONS}
-    spent = 0.0
     for name in [name for name in compiled if name in copies]:
         form = torch.compile(copies[name], dynamic=False)
-        seconds, reason = _compile(partial(calls[name], form), spent)
+        seconds, reason = _compile(partial(calls[name], form))
         rows[name, "compiled"] = {"note": reason, "compile seconds": seconds}
         if reason is None:
             forms[name, "compiled"] = partial(calls[name], form)
-        spent += seconds or 0.0
     double = copy.deepcopy(module).double()
     reference = prepare(double, torch.float64)(double)
     measured = _measured(lab, forms, reference, (PLAIN, "eager"))
@@ -167,14 +161,9 @@ def _timed(timing: Timing, plain: Timing) -> dict:
     return {"seconds": timing.median, "speedup": timing.speedup_over(plain), "peak bytes": timing.peak_bytes}
 
 
-def _compile(call: Callable[[], Tensor], spent: float) -> tuple[float | None, str | None]:
+def _compile(call: Callable[[], Tensor]) -> tuple[float | None, str | None]:
     """How long the first call takes (less if torch kept something of an earlier run on disk), or None and why there is
     no compiled form."""
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(compiler) is None:
-        return None, f"no C++ compiler ({compiler}) for torch.compile"
-    if spent > COMPILE_SECONDS:
-        return None, f"not compiled: {spent:.0f} s went into the others"
     start = time.perf_counter()
     try:
         with _quiet():

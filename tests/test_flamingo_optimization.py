@@ -140,6 +140,13 @@ def test_a_slip_is_answered_in_one_sentence(arguments, said, capsys):
     assert said in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_compiling_needs_a_compiler(monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(SystemExit):
+        main(["--compile"])
+    assert "there is no no-such-compiler: install one or leave it out" in capsys.readouterr().err
+
+
 def test_missing_companions_are_named(tmp_path, monkeypatch, capsys):
     for name in ("model", "token_reader"):
         (tmp_path / f"{name}.safetensors").symlink_to(ROOT / f"data/mini_flamingo/{name}.safetensors")
