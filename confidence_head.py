@@ -25,9 +25,8 @@ class RiskHead(nn.Module):
     def logits(self, features: Tensor) -> Tensor:
         """float[N, S, D] -> float[N, C]"""
         x = self.each(features)
-        mean = x.mean(dim=1)
-        spread = (x - mean[:, None]).square().mean(dim=1).sqrt()
-        return self.risk(self.pooled(torch.cat((mean, x.amax(dim=1), spread), dim=-1)))
+        spread = x.std(dim=1, correction=0)
+        return self.risk(self.pooled(torch.cat((x.mean(dim=1), x.amax(dim=1), spread), dim=-1)))
 
     def forward(self, features: Tensor) -> Tensor:
         return self.logits(features).float().sigmoid()
