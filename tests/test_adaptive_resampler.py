@@ -328,3 +328,10 @@ def test_an_early_exit_saves_the_layers_behind_it():
 def test_grids_that_do_not_go_from_coarse_to_fine_are_an_error(grids):
     with pytest.raises(ValueError, match="grids must go from coarse to fine, each 1 or more; got"):
         CoarseToFineResampler(12, grids)
+
+
+def test_a_coarse_to_fine_resampler_reads_single_frames_alone():
+    resampler = CoarseToFineResampler(16, (2, 4), 8, 2, 4)
+    assert resampler(torch.randn(1, 1, 1, 16, 16)).shape == (1, 1, 4, 16)
+    with pytest.raises(ValueError, match="reads single frames; got 4 of them"):
+        resampler(torch.randn(1, 1, 4, 16, 16))

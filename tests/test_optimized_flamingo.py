@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from adaptive_resampler import AdaptivePerceiverResampler
 from conditioned_language_model import ConditionedLanguageModel
+from confidence_head import RiskHead
 from laws import randomized
 from optimized_flamingo import OptimizedFlamingo
 from perceiver_resampler import PerceiverResampler
@@ -83,6 +85,29 @@ def test_half_precision_is_a_copy_of_everything():
     assert fast.generate(ids, images, max_new_tokens=8).shape[0] == plain.shape[0]
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_frames_of_a_video_are_read_as_the_plain_model_does():
+    model = tiny_flamingo()
+    ids, frames = torch.tensor([[1, 5, 6]]), random_images(1, 1, 3)
+    assert torch.equal(OptimizedFlamingo(model).generate(ids, frames), model.generate(ids, frames))
+
+
+@pytest.mark.parametrize("change", ["weight", "threshold"])
+def test_a_cache_never_serves_what_another_model_made(change):
+    """Without a precision of its own the model is the caller's, who may go on training it."""
+    model = tiny_flamingo()
+    resampler = AdaptivePerceiverResampler(model.resampler, [RiskHead(TINY.vision_dim, 1)], threshold=0)
+    fast, images = OptimizedFlamingo(model, resampler=resampler, **CACHE), random_images(2, 1)
+    before = fast.encode_media(images)
+    if change == "weight":
+        with torch.no_grad():
+            model.resampler.latents.mul_(2)
+    else:
+        resampler.threshold = 1.0
+    after = fast.encode_media(images)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, fast.encode_anew(images))
 
 
 def test_a_warm_cache_encodes_nothing():

@@ -178,8 +178,8 @@ def test_speculative_greedy_is_identical(float64, first):
 
 
 def row_by_hand(table, prompt, guess, count, max_new_tokens, end, forbidden):
-    """One row alone, word by word. -> passes, accepted."""
-    text, passes, accepted = [*prompt, likeliest(table, prompt, forbidden)], 0, 0
+    """One row alone, word by word. -> passes, guesses looked at, accepted."""
+    text, passes, looked_at, accepted = [*prompt, likeliest(table, prompt, forbidden)], 0, 0, 0
 
     def over():
         return text[-1] == end or len(text) == len(prompt) + max_new_tokens
@@ -188,10 +188,11 @@ def row_by_hand(table, prompt, guess, count, max_new_tokens, end, forbidden):
         passes += 1
         for guessed in [*guess(list(text), count), None]:
             text.append(likeliest(table, text, forbidden))
+            looked_at += guessed is not None
             accepted += text[-1] == guessed
             if text[-1] != guessed or over():
                 break
-    return passes, accepted
+    return passes, looked_at, accepted
 
 
 def test_passes_and_guesses_are_counted_as_by_hand(float64):
@@ -207,10 +208,12 @@ def test_passes_and_guesses_are_counted_as_by_hand(float64):
                 row_by_hand(table, row, guess, sizes["count"], sizes["max_new_tokens"], end, forbidden)
                 for row in prompts.tolist()
             ]
-            assert said.passes == max(passes for passes, _ in rows), (seed, name)
-            assert said.proposed == sizes["count"] * sum(passes for passes, _ in rows)
-            assert said.accepted == sum(accepted for _, accepted in rows)
+            assert said.passes == max(passes for passes, _, _ in rows), (seed, name)
+            assert said.proposed == sizes["count"] * sum(passes for passes, _, _ in rows)
+            assert said.looked_at == sum(looked_at for _, looked_at, _ in rows)
+            assert said.accepted == sum(accepted for _, _, accepted in rows)
             assert said.acceptance == said.accepted / max(1, said.proposed)
+            assert said.acceptance_of_each == said.accepted / max(1, said.looked_at)
 
 
 @pytest.mark.parametrize(("count", "words", "passes", "accepted"), [
