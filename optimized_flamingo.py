@@ -1,6 +1,6 @@
 """Optimization 7: all of them together, each still switched on or off by one argument.
 
-    fast = OptimizedFlamingo(model, precision="bf16", resampler=adaptive, num_latents=32, draft=draft, cache=cache)
+    fast = OptimizedFlamingo(model, precision="bf16", num_latents=32, draft=draft, cache_bytes=2**26)
     words = fast.generate(prompts, images)
 
 Each part is a transform of the plain model, which stays as it is: a copy in `precision` (norms and gates stay float32),
@@ -33,6 +33,7 @@ class Reader(Protocol):
     def prefill(self, input_ids: Tensor, media: Tensor, slots: int) -> tuple[Tensor, Any]: ...
 
     def decode(self, tokens: Tensor, state: Any, start: Tensor | None = None) -> Tensor: ...
+
 
 class Flamingo(Reader, Protocol):
     vision_encoder: nn.Module

@@ -14,7 +14,7 @@ from adaptive_resampler import AdaptivePerceiverResampler
 from benchmarking import peak_memory
 from experiments.depth import trained_parts
 from experiments.lab import Lab, point, share
-from interleaved_text import END_OF_CHUNK, prompt_of
+from interleaved_text import END_OF_CHUNK
 from mini_flamingo_evaluation import exact_match
 from optimized_flamingo import OptimizedFlamingo
 from reduced_precision import weight_bytes
@@ -55,7 +55,6 @@ class Workshop:
             cache_bytes=CACHE_BYTES if {CACHE, COLD} & parts else None,
             compiled=COMPILED in parts,
         )
-
 
     def adaptive(self, tokens: int) -> AdaptivePerceiverResampler:
         return AdaptivePerceiverResampler(self.coarse, self.heads, self.thresholds[str(tokens)][str(BUDGET)])
@@ -105,15 +104,7 @@ def run(lab: Lab) -> dict:
 def measured(
     lab: Lab, workshop: Workshop, wanted: dict, batch: int, batches: int, qualities: dict[tuple, float]
 ) -> list[dict]:
-    exam = lab.exam
-    groups = [slice(i * batch, (i + 1) * batch) for i in range(batches)]
-    data = [
-        (
-            lab.tokenizer.pad_left([prompt_of(each) for each in exam.examples[group]]).to(lab.device),
-            exam.images[group].to(lab.device),
-        )
-        for group in groups
-    ]
+    data = lab.batches(batch, batches)
     forms = {name: workshop.build(frozenset(parts)) for name, (_, parts) in wanted.items()}
 
     def say(name: str) -> list[Tensor]:
@@ -181,13 +172,9 @@ def quality(lab: Lab, form: OptimizedFlamingo, parts: Sequence[str], known: dict
     if key not in known and DRAFT not in key:
         known[key] = share(lab.right(lab.exam, form.encode_anew, form.model))
     if key not in known:
-        exam, said = lab.exam, []
-        for start in range(0, len(exam.examples), 64):
-            prompts = lab.tokenizer.pad_left([prompt_of(each) for each in exam.examples[start : start + 64]])
-            images = exam.images[start : start + 64].to(lab.device)
-            rows = form.generate(prompts.to(lab.device), images, max_new_tokens=NEW_TOKENS)
-            said += [lab.tokenizer.decode(row).removesuffix(END_OF_CHUNK).strip() for row in rows]
-        known[key] = exact_match(said, exam)
+        rows = [row for batch in lab.batches(64) for row in form.generate(*batch, max_new_tokens=NEW_TOKENS)]
+        said = [lab.tokenizer.decode(row).removesuffix(END_OF_CHUNK).strip() for row in rows]
+        known[key] = exact_match(said, lab.exam)
     return known[key]
 
 

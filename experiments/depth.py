@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +22,16 @@ TIMED = 64  # images
 def run(lab: Lab) -> dict:
     coarse, heads = trained_parts(lab)
     known = companions.thresholds(lab.folder)
-    bar = tqdm(total=3, desc="adaptive depth", leave=False)
+    bar = tqdm(total=2, desc="adaptive depth", leave=False)
     plain_right = right_by_depth(lab, lab.model.resampler, lab.seen_exam)
     bar.update()
     coarse_right = right_by_depth(lab, coarse, lab.seen_exam)
     bar.update()
     thresholds = {0.0: 0.0} | {budget: known["exits"]["64"][str(budget)] for budget in companions.BUDGETS}
     patches = lab.seen_exam.images[:TIMED]
-    fixed = time_fixed(lab, coarse, patches)
-    bar.update()
     ways = {budget: AdaptivePerceiverResampler(coarse, heads, each) for budget, each in thresholds.items()}
     adaptive = [adaptive_row(lab, way, budget, coarse_right) for budget, way in ways.items()]
-    time_adaptive(lab, ways, patches, adaptive)
+    fixed = time_all(lab, coarse, ways, patches, adaptive)
     bar.close()
     fixed_rows = [
         {
@@ -80,17 +79,6 @@ def right_by_depth(lab: Lab, resampler: PerceiverResampler, exam: Exam) -> Tenso
     return torch.stack([lab.right(exam, stopped(depth)) for depth in depths], dim=1)
 
 
-def time_fixed(lab: Lab, coarse: CoarseToFineResampler, patches: Tensor) -> dict:
-    forms = {"plain": lab.model.resampler, "coarse to fine": coarse}
-    return lab.compare(
-        {
-            (name, depth): lambda form=form, depth=depth: form(patches, depth=depth)
-            for name, form in forms.items()
-            for depth in range(1, len(form.layers) + 1)
-        }
-    )
-
-
 @torch.inference_mode()
 def adaptive_row(lab: Lab, way: AdaptivePerceiverResampler, budget: float, right: Tensor) -> dict:
     """Each image's answer is the one after its exit. Random exits: the same depths, dealt out to other images."""
@@ -102,6 +90,7 @@ def adaptive_row(lab: Lab, way: AdaptivePerceiverResampler, budget: float, right
     def right_at(exits: Tensor) -> float:
         return share(right.gather(1, exits[:, None] - 1))
 
+    fixed = math.ceil(exits.double().mean().item())
     histogram = torch.bincount(exits, minlength=depth + 1)[1:].tolist()
     return {
         "budget": budget,
@@ -109,8 +98,8 @@ def adaptive_row(lab: Lab, way: AdaptivePerceiverResampler, budget: float, right
         "depth": exits.double().mean().item(),
         "exits": " / ".join(f"{count / len(exits):.0%}" for count in histogram),
         "right": right_at(exits),
-        "fixed": math.ceil(exits.double().mean().item()),
-        "fixed right": share(right[:, math.ceil(exits.double().mean().item()) - 1]),
+        "fixed": fixed,
+        "fixed right": share(right[:, fixed - 1]),
         "random": sum(map(right_at, dealt)) / len(dealt),
         "full": share(right[:, -1]),
         "flops": sum(count * way.resampler.flops(lab.seen_exam.images.shape[2], depth=i) / len(exits)
@@ -118,29 +107,33 @@ def adaptive_row(lab: Lab, way: AdaptivePerceiverResampler, budget: float, right
     }  # fmt: skip
 
 
-def time_adaptive(lab: Lab, ways: dict, patches: Tensor, rows: list[dict]) -> None:
-    """Adds each row's seconds per image, beside the full coarse-to-fine and the full plain resampler, and checks that
-    every image's visual tokens are those of its exit."""
-    way = next(iter(ways.values()))
-    functions: dict = {budget: lambda each=each: each(patches) for budget, each in ways.items()}
-    timings = lab.compare(
-        {"plain": lambda: lab.model.resampler(patches), "full": lambda: way.resampler(patches), **functions}
-    )
+def time_all(lab: Lab, coarse: CoarseToFineResampler, ways: dict, patches: Tensor, rows: list[dict]) -> dict:
+    """Times every fixed depth of both resamplers, which it returns, and every adaptive way, whose seconds per image it
+    adds to the rows; and checks that every image's visual tokens are those of its exit."""
+    forms = {"plain": lab.model.resampler, "coarse to fine": coarse}
+    fixed = {
+        (name, depth): partial(form, patches, depth=depth)
+        for name, form in forms.items()
+        for depth in range(1, len(form.layers) + 1)
+    }
+    timings = lab.compare(fixed | {budget: partial(way, patches) for budget, way in ways.items()})
+    plain, full = (timings[name, len(form.layers)] for name, form in forms.items())
     for row in rows:
         with torch.inference_mode():
             tokens, exits = ways[row["budget"]].resample(patches)
             worst = max(
-                (tokens[exits == depth] - way.resampler(patches, depth=depth)[exits == depth]).abs().max().item()
+                (tokens[exits == depth] - coarse(patches, depth=depth)[exits == depth]).abs().max().item()
                 for depth in exits.unique().tolist()
             )
         timing = timings[row["budget"]]
         row |= {
             "seconds": timing.median / len(patches),
-            "saved": 1 - timing.median / timings["full"].median,
-            "speedup": timing.speedup_over(timings["plain"]),
+            "saved": 1 - timing.median / full.median,
+            "speedup": timing.speedup_over(plain),
             "error": worst,
             "bytes": timing.peak_bytes,
         }
+    return {name: timings[name] for name in fixed}
 
 
 def show(result: dict) -> str:

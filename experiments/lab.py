@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import mini_flamingo_evaluation as evaluation
 from benchmarking import Timing, compare, seed_everything
 from cifar_utils import load_cifar10
-from interleaved_text import WordTokenizer
+from interleaved_text import WordTokenizer, prompt_of
 from mini_flamingo import MiniFlamingo, MiniFlamingoConfig
 from mini_flamingo_evaluation import Encode, Exam
 from mosaic_curriculum import mosaic_exam
@@ -35,7 +35,7 @@ class Lab:
     tokenizer: WordTokenizer
     folder: Path
     exams: Mapping[str, Exam]
-    arguments: argparse.Namespace  # data, quick, seconds and whatever else the command line says
+    arguments: argparse.Namespace  # the command line: data, quick, compile
     preset: MiniFlamingoConfig
     device: torch.device
     dtype: torch.dtype
@@ -68,6 +68,17 @@ class Lab:
         if encode is None:
             encode = model.resampler if exam.images.is_floating_point() else model.encode_media
         return evaluation.forced_matches(model, self.tokenizer, exam, encode)
+
+    def batches(self, size: int, count: int | None = None) -> list[tuple[Tensor, Tensor]]:
+        """The exam in batches, the first `count` or all: prompts int64[B, T], images uint8[B, M, 3, h, w]."""
+        starts = range(0, len(self.exam.examples), size)[:count]
+        return [
+            (
+                self.tokenizer.pad_left([prompt_of(each) for each in self.exam.examples[i : i + size]]).to(self.device),
+                self.exam.images[i : i + size].to(self.device),
+            )
+            for i in starts
+        ]
 
     def compare(
         self, functions: Mapping[str, Callable[[], object]], memory: bool = True, runs: int = 3

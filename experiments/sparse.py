@@ -54,11 +54,8 @@ def run(lab: Lab) -> dict:
         "quality": quality,
         "scenes": scenes,
         "trained": [row | {"right": right[row["form"], row["k"]]} for row in trained],
-        # The first k are no choice, and optimization 2's; the own image alone is in the plain model already.
+        # Over the plain model, which reads the own image alone already. The first k are no choice: optimization 2's.
         "points": [
-            point(f"own image of {row['images']} (plain already; over a mask)", row["speedup"], None, row["bytes"])
-            for row in exact if row["layout"] == "even" and row["images"] > 1
-        ] + [
             point(f"{row['k']} of {trained[0]['k']} tokens, {row['form']}", row["speedup"],
                   right[row["form"], row["k"]], row["kv bytes"])
             for row in trained[1:] if "speedup" in row and "first" not in row["form"]

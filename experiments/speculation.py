@@ -11,7 +11,6 @@ import companions
 from benchmarking import compare
 from conditioned_language_model import ConditionedLanguageModel
 from experiments.lab import Lab, point, share
-from interleaved_text import prompt_of
 from mini_flamingo import MiniFlamingo
 from reduced_precision import weight_bytes
 from reporting import Column, format_bytes, format_percent, format_ratio, format_seconds, table
@@ -121,15 +120,8 @@ def run(lab: Lab) -> dict:
 @torch.inference_mode()
 def measured(lab: Lab, drafter: Drafter, batch: int, batches: int, drafts: list[tuple[str, int]]) -> list[dict]:
     """All drafts on the same images, beside plain decoding. Every output is compared with plain decoding's."""
-    model, exam = lab.model, lab.exam
-    groups = [slice(i * batch, (i + 1) * batch) for i in range(batches)]
-    data = [
-        (
-            lab.tokenizer.pad_left([prompt_of(each) for each in exam.examples[group]]).to(lab.device),
-            model.encode_media(exam.images[group].to(lab.device)),
-        )
-        for group in groups
-    ]
+    model = lab.model
+    data = [(prompts, model.encode_media(images)) for prompts, images in lab.batches(batch, batches)]
 
     def plain() -> list[Tensor]:
         return [model.generate(prompts, media=media, max_new_tokens=NEW_TOKENS) for prompts, media in data]
@@ -190,8 +182,6 @@ def cost_ratio(
         draft.propose(text, length, count)
 
     one = {"draft": propose, "target": lambda: target(text[:, width : width + 1], length - 1)}
-    for function in one.values():
-        function()
     timings = compare(one, device=lab.device, min_runs=5, min_seconds=0.1, memory=False)
     return timings["draft"].median / timings["target"].median
 
