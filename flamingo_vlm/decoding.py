@@ -1,0 +1,166 @@
+"""Generation: Hugging Face's loop, beams and samplers, with the images encoded and projected once for all of it.
+
+What generated text reads is known before the first word: `<image>` is never generated (unless asked for), so each row's
+last image is all that any later token sees. Its keys and values are taken out once, and a decoding step costs the same
+after 1 image and after 32. Which image a token sees is counted anew from the whole text at each step, so beams may be
+reordered freely and no row can take another's image away.
+
+Beams and samples share their prompt: its forward pass runs once per prompt, and not once per beam.
+
+Legend: B prompts, R = B * K rows of text (K beams or samples of each), T text tokens, M images, N continuations.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import CompileConfig, DynamicCache, GenerationMixin, LogitsProcessor
+
+from flamingo_vlm.conditioning import ProjectedMedia
+from flamingo_vlm.few_rows import few_rows_on_all_threads
+from media_masks import MediaLayout, media_index_from_locations
+
+
+@dataclass(frozen=True)
+class PromptMedia:
+    """What one generation reads: all images, for the prompt of `length` tokens; behind it each row's last image alone.
+    last is None where `<image>` may be generated."""
+
+    all: ProjectedMedia
+    last: ProjectedMedia | None
+    length: int
+
+
+class Never(LogitsProcessor):
+    """One token is never generated. (transformers' `suppress_tokens` compares the whole vocabulary at each step.)"""
+
+    def __init__(self, token_id: int):
+        self.token_id = token_id
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.index_fill(1, torch.tensor([self.token_id], device=scores.device), -torch.inf)
+
+
+class FlamingoDecoding(GenerationMixin):
+    """What `Flamingo` does beyond one forward pass."""
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        vision_x: Tensor | None = None,
+        lang_x: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        media_features: Tensor | None = None,
+        allow_media_tokens: bool = False,
+        **kwargs,
+    ) -> Tensor:
+        """vision_x float[B, M, F, 3, h, w] (or media_features, see `encode_media`), lang_x int64[B, T], padded on the
+        left, with its attention_mask -> int64[B * num_return_sequences, T + new]: the prompts and what follows them, up
+        to `<|endofchunk|>`.
+
+        kwargs: those of transformers' `generate` (max_new_tokens, num_beams, do_sample, cache_implementation, ...).
+        allow_media_tokens: the text may hold `<image>`; such a token sees the next of the images given, or none where
+        they are used up. Raises ValueError as `forward` does.
+        """
+        if lang_x is None or lang_x.dim() != 2:
+            raise ValueError(f"lang_x must be int64[B, T]; got {None if lang_x is None else list(lang_x.shape)}")
+        media, layout = self.prepare_media(lang_x, vision_x, media_features)
+        last = None
+        if not allow_media_tokens:
+            last = media.select(layout.media_index[:, -1])
+            kwargs["logits_processor"] = [Never(self.config.media_token_id), *(kwargs.get("logits_processor") or ())]
+        prompt_media = PromptMedia(media, last, lang_x.shape[1])
+        with few_rows_on_all_threads():
+            return super().generate(lang_x, attention_mask=attention_mask, prompt_media=prompt_media, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, prompt_media: PromptMedia, **kwargs) -> dict:
+        """What `forward` is given for the next pass. input_ids int64[R, T] is the whole text, of which the language
+        model picks what is new."""
+        inputs = self.lang_encoder.prepare_inputs_for_generation(input_ids, **kwargs)
+        lang_x = inputs.pop("input_ids")
+        new = lang_x.shape[1]
+        media = prompt_media.all
+        index = media_index_from_locations(input_ids == self.config.media_token_id)
+        index = index.masked_fill(index >= media.count, -1)  # generated, with no image left for it
+        if prompt_media.last is not None and input_ids.shape[1] - new >= prompt_media.length:
+            media, index = prompt_media.last, index.clamp(max=0)
+        index = index[:, -new:].clone(memory_format=torch.contiguous_format)  # strides that grow would compile anew
+        inputs |= {"lang_x": lang_x, "media": media, "layout": MediaLayout(index, media.count)}
+        return self._once_per_prompt(inputs)
+
+    def _once_per_prompt(self, inputs: dict) -> dict:
+        """Before the first new token the K rows of a prompt are equal: one of them is enough."""
+        rows, cache = len(inputs["lang_x"]), inputs.get("past_key_values")
+        copies = rows // inputs["media"].rows
+        if copies == 1 or type(cache) is not DynamicCache or cache.get_seq_length() > 0:
+            return inputs
+        one = {k: v[::copies] if isinstance(v, Tensor) and v.dim() and len(v) == rows else v for k, v in inputs.items()}
+        layout = inputs["layout"]
+        return one | {"layout": MediaLayout(layout.media_index[::copies], layout.num_media), "copies": copies}
+
+    def compile_decode(self) -> None:
+        """From now on `generate` keeps its cache in preallocated memory and runs compiled decoding steps: CUDA graphs
+        on a GPU. The first call of each shape (rows, and the longest text so far) compiles, for a minute or so."""
+        mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+        config = CompileConfig(fullgraph=True, dynamic=False, mode=mode)
+        config._compile_all_devices = True  # transformers compiles on GPUs alone otherwise
+        self.generation_config.compile_config = config
+        self.generation_config.cache_implementation = "static"
+
+    @torch.inference_mode()
+    def score_sequences(
+        self,
+        vision_x: Tensor | None,
+        lang_x: Tensor,
+        continuations: Sequence[Tensor],
+        attention_mask: Tensor | None = None,
+        *,
+        media_features: Tensor | None = None,
+        at_once: int = 16,
+    ) -> Tensor:
+        """Log-likelihoods float32[B, N] of N continuations (int64[n] each, n > 0) behind each of B prompts, summed over
+        their tokens. The prompt is read once, `at_once` continuations together. Raises ValueError for an empty one.
+        """
+        if not continuations or any(each.dim() != 1 or not len(each) for each in continuations):
+            raise ValueError("continuations must be a sequence of tensors int64[n], none of them empty")
+        mask = torch.ones_like(lang_x) if attention_mask is None else attention_mask
+        media, layout = self.prepare_media(lang_x, vision_x, media_features)
+        prompt = self(lang_x=lang_x, attention_mask=mask, media=media, layout=layout, use_cache=True, logits_to_keep=1)
+        scores = [
+            self._score_behind(prompt, mask, media, layout, continuations[start : start + at_once])
+            for start in range(0, len(continuations), at_once)
+        ]
+        return torch.cat(scores, dim=1)
+
+    def _score_behind(self, prompt, mask: Tensor, media: ProjectedMedia, layout: MediaLayout, continuations) -> Tensor:
+        """-> float32[B, K]. Reads a copy of the prompt's cache, so that none sees another."""
+        batch, count = len(mask), len(continuations)
+        ids = pad_sequence(list(continuations), batch_first=True, padding_value=-1).to(mask.device).repeat(batch, 1)
+        real = ids >= 0
+        index = layout.media_index[:, -1:].repeat_interleave(count, 0)
+        index = index + (ids == self.config.media_token_id).cumsum(-1)
+        cache = copy.deepcopy(prompt.past_key_values)
+        cache.batch_repeat_interleave(count)
+        output = self(
+            lang_x=ids.clamp(min=0),
+            attention_mask=torch.cat((mask.repeat_interleave(count, 0), real.to(mask.dtype)), dim=1),
+            past_key_values=cache,
+            use_cache=True,
+            media=media,
+            layout=MediaLayout.from_index(index, media.count),
+        )
+        before = torch.cat((prompt.logits[:, -1:].repeat_interleave(count, 0), output.logits[:, :-1]), dim=1)
+        chosen = before.float().log_softmax(-1).gather(-1, ids.clamp(min=0)[..., None]).squeeze(-1)
+        return (chosen * real).sum(-1).view(batch, count)
+
+    def _adopt_generation_config(self) -> None:
+        """The language model's own defaults, ending at `<|endofchunk|>`, and with a cache whatever its config says."""
+        config = copy.deepcopy(self.lang_encoder.generation_config)
+        config.eos_token_id, config.use_cache = self.config.eoc_token_id, True
+        if config.pad_token_id is None:
+            config.pad_token_id = self.config.eoc_token_id
+        self.generation_config = config

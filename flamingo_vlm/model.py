@@ -1,0 +1,348 @@
+"""Flamingo: a pretrained vision encoder and a pretrained causal language model, joined by a Perceiver Resampler and
+gated cross-attention (Alayrac et al. 2022, figure 3).
+
+    patches = vision_encoder(images)              frozen: float[N, P, D]
+    visual_tokens = perceiver(patches)            trained: L visual tokens per image
+    media = gated_cross_attn_layers.project(...)  trained: keys and values of every gated block, once per image
+    logits = lang_encoder(text), each gated block reading the image that a token sees
+
+Arguments and meaning are OpenFlamingo's, parameter names too, so that its weights load (`checkpoints.py`). It is also a
+Hugging Face model: `from_pretrained`, `save_pretrained`, `generate` with all its options.
+
+Legend: B rows, T text tokens, M images per row, F frames per image, P patches, L visual tokens, D width of the vision
+encoder, V vocabulary.
+"""
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from flamingo_vlm.conditioning import (
+    Conditioning,
+    GatedLayers,
+    ProjectedMedia,
+    checkpoint_contexts,
+    find_decoder_layers,
+)
+from flamingo_vlm.configuration import FlamingoConfig
+from flamingo_vlm.decoding import FlamingoDecoding
+from flamingo_vlm.vision_towers import VisionTower
+from media_masks import MediaLayout, media_index_from_locations
+from perceiver_resampler import PerceiverResampler
+from visual_token_cache import LiveFingerprint, VisualTokenCache, pixels_keys
+
+
+class Flamingo(FlamingoDecoding, PreTrainedModel, GenerationMixin):
+    """Composed by hand: vision_encoder maps float[N, 3, h, w] (or what its domain has for images) to patch features
+    float[N, P, vis_dim]; lang_encoder is any causal language model of transformers.
+
+    `num_latents` and `resampler_depth` shape the resampler, `max_num_frames` gives it learned frame embeddings for
+    videos. With a `FlamingoConfig` in place of vision_encoder both models are built from it, untrained: that is how
+    `from_pretrained` makes one. Raises ValueError for a language model whose decoder layers cannot be found.
+    """
+
+    config_class = FlamingoConfig
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("GatedCrossAttentionBlock", "PerceiverResampler")
+    _skip_keys_device_placement = ("past_key_values", "media", "layout")
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def __init__(
+        self,
+        vision_encoder: nn.Module | FlamingoConfig,
+        lang_encoder: PreTrainedModel | None = None,
+        eoc_token_id: int | None = None,
+        media_token_id: int | None = None,
+        vis_dim: int | None = None,
+        cross_attn_every_n_layers: int = 1,
+        gradient_checkpointing: bool = False,
+        decoder_layers_attr_name: str | None = None,
+        *,
+        num_latents: int = 64,
+        resampler_depth: int = 6,
+        max_num_frames: int | None = None,
+        own_vision_encoder: nn.Module | None = None,
+    ):
+        if isinstance(vision_encoder, FlamingoConfig):
+            config = vision_encoder
+            vision_encoder, lang_encoder = _from_config(config, own_vision_encoder)
+        else:
+            config = FlamingoConfig(
+                text_config=lang_encoder.config,
+                vision_config=vision_encoder.config if isinstance(vision_encoder, VisionTower) else None,
+                eoc_token_id=eoc_token_id,
+                media_token_id=media_token_id,
+                vis_dim=vis_dim,
+                cross_attn_every_n_layers=cross_attn_every_n_layers,
+                decoder_layers_attr_name=decoder_layers_attr_name,
+                num_latents=num_latents,
+                resampler_depth=resampler_depth,
+                max_num_frames=max_num_frames,
+            )
+        super().__init__(config)
+        self.vision_encoder, self.lang_encoder = vision_encoder, lang_encoder
+        self.perceiver = PerceiverResampler(
+            config.vis_dim, config.resampler_depth, num_latents=config.num_latents, max_num_frames=config.max_num_frames
+        )
+        self.decoder_layers_attr_name, layers = find_decoder_layers(lang_encoder, config.decoder_layers_attr_name)
+        self.gated_cross_attn_layers = GatedLayers(
+            len(layers), config.cross_attn_every_n_layers, lang_encoder.config.hidden_size, config.vis_dim
+        )
+        self.gated_cross_attn_layers.attach(layers)
+        self.num_latents = None  # the first so many visual tokens only, of a resampler trained for it
+        self.visual_token_cache: VisualTokenCache | None = None
+        self._cached_media: tuple[ProjectedMedia, Tensor] | None = None
+        self._adopt_generation_config()
+        self.post_init()
+        if gradient_checkpointing:
+            self.gradient_checkpointing_enable()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: every part was initialized, or loaded, where it was made; `from_pretrained` wants all weights."""
+
+    @classmethod
+    def from_pretrained(cls, folder: str, *args, **kwargs) -> "Flamingo":
+        """What `save_pretrained` wrote, or a hub repository of such files. own_vision_encoder: the module to fill where
+        the model was saved with a vision encoder of one's own. Raises ValueError where weights are missing."""
+        wants_report = kwargs.pop("output_loading_info", False)
+        model, report = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(f"{folder} lacks {len(missing)} of the model's weights: {', '.join(missing[:5])}, ...")
+        return (model, report) if wants_report else model
+
+    # ------------------------------------------------------------------------------------------------ images
+
+    def encode_media(
+        self,
+        vision_x: Tensor | None = None,
+        media_features: Tensor | None = None,
+        needed: Tensor | None = None,
+    ) -> Tensor:
+        """Pixels float[B, M, F, 3, h, w], or precomputed patch features float[B, M, F, P, D] -> visual tokens
+        float[B, M, L, D]. needed bool[B, M]: the images any token sees; the others are zeros.
+
+        Without gradients equal images are encoded once, and with `visual_token_cache` once and for all. Raises
+        ValueError for both or neither, and for another rank or width.
+        """
+        if (vision_x is None) == (media_features is None):
+            raise ValueError("give either vision_x (images) or media_features (their patch features)")
+        if media_features is not None:
+            images, rank = media_features, "[B, M, F, P, D]"
+            wrong = images.dim() != 5 or images.shape[-1] != self.config.vis_dim
+        else:
+            images, rank = vision_x, "[B, M, F, 3, h, w]"
+            wrong = images.dim() != 6 if isinstance(self.vision_encoder, VisionTower) else images.dim() < 4
+        if wrong:
+            name = "vision_x" if media_features is None else "media_features"
+            raise ValueError(f"{name} must be {rank} (D = {self.config.vis_dim}); got shape {list(images.shape)}")
+        leading, flat = images.shape[:2], images.flatten(0, 1)
+        needed = images.new_ones(leading, dtype=torch.bool) if needed is None else needed.to(images.device)
+        wanted = flat if bool(needed.all()) else flat[needed.flatten()]
+        tokens = self._encode_images(wanted, is_pixels=media_features is None)
+        if len(wanted) < len(flat):
+            blank = tokens.new_zeros(len(flat), *tokens.shape[1:])
+            tokens = blank.index_put((needed.flatten().to(tokens.device),), tokens)
+        return tokens.unflatten(0, leading)
+
+    def _encode_images(self, images: Tensor, is_pixels: bool) -> Tensor:
+        """float[N, F, ...] -> float[N, L, D]"""
+        if len(images) == 0:
+            return self.perceiver.latents.new_zeros(0, self.num_latents or self.config.num_latents, self.config.vis_dim)
+
+        def encode(positions: list[int] | slice) -> Tensor:
+            return self._resample(self._patch_features(images[positions]) if is_pixels else images[positions])
+
+        if torch.is_grad_enabled():
+            return encode(slice(None))
+        cache = self.visual_token_cache or VisualTokenCache(max_bytes=1, fingerprint="one call")  # finds duplicates
+        keys = pixels_keys(images, "pixels" if is_pixels else "features")
+        return cache.fetch(keys, lambda missing: (encode(missing),))[0]
+
+    def _patch_features(self, images: Tensor) -> Tensor:
+        """float[N, F, 3, h, w] -> float[N, F, P, D]"""
+        weight = next(self.vision_encoder.parameters(), images)
+        frames = images.flatten(0, 1).to(weight.device)
+        if frames.is_floating_point():
+            frames = frames.to(weight.dtype)
+        features = self.vision_encoder(frames)
+        if features.dim() != 3 or features.shape[::2] != (len(frames), self.config.vis_dim):
+            raise ValueError(
+                f"vision_encoder must return patch features [{len(frames)}, P, vis_dim={self.config.vis_dim}]; "
+                f"got shape {list(features.shape)}"
+            )
+        return features.unflatten(0, images.shape[:2])
+
+    def _resample(self, features: Tensor) -> Tensor:
+        """float[N, F, P, D] -> float[N, L, D]"""
+        weight = next(self.perceiver.parameters())
+        features = features[:, None].to(weight.device, weight.dtype)
+        if self.gated_cross_attn_layers.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.perceiver, features, self.num_latents, use_reentrant=False)[:, 0]
+        return self.perceiver(features, self.num_latents)[:, 0]
+
+    def use_visual_token_cache(self, max_bytes: int) -> VisualTokenCache:
+        """From now on images seen before, in any call, are not encoded again, unless weights changed since."""
+        live = LiveFingerprint(self.vision_encoder, self.perceiver)
+        self.visual_token_cache = VisualTokenCache(max_bytes, lambda: f"{live()} {self.num_latents}")
+        return self.visual_token_cache
+
+    # ------------------------------------------------------------------------------------------------ text
+
+    def forward(
+        self,
+        vision_x: Tensor | None = None,
+        lang_x: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        *,
+        media_features: Tensor | None = None,
+        media: ProjectedMedia | None = None,
+        layout: MediaLayout | None = None,
+        copies: int = 1,
+        position_ids: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **lm_kwargs,
+    ) -> CausalLMOutputWithPast:
+        """lang_x int64[B, T], attention_mask [B, T] (of the whole text where past_key_values holds its beginning),
+        labels int64[B, T] (-100: no loss) -> the language model's output: logits float[B, T, V], loss, past_key_values.
+
+        Images: vision_x float[B, M, F, 3, h, w] or media_features (see `encode_media`); neither for text alone, or
+        after `cache_media`. A token sees the last image at or before it; with past_key_values from an earlier call the
+        count goes on. `generate` gives media that are projected already, the layout of which token sees which, and
+        copies: how many equal rows each row stands for.
+
+        Raises ValueError for more `<image>` tokens than images, and shapes that do not belong together.
+        """
+        if lang_x is None or lang_x.dim() != 2:
+            raise ValueError(f"lang_x must be int64[B, T]; got {None if lang_x is None else list(lang_x.shape)}")
+        if media is None:
+            media, layout = self.prepare_media(lang_x, vision_x, media_features, past_key_values)
+        output = Conditioning(self.gated_cross_attn_layers, media, layout).run(
+            self.lang_encoder,
+            input_ids=lang_x,
+            attention_mask=attention_mask,
+            labels=labels,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **self._positions(position_ids, attention_mask, lang_x.shape[1]),
+            **lm_kwargs,
+        )
+        if copies > 1:
+            output.past_key_values.batch_repeat_interleave(copies)
+            output.logits = output.logits.repeat_interleave(copies, dim=0)
+        elif output.past_key_values is not None:
+            output.past_key_values.images_seen = layout.media_index[:, -1] + 1  # where a continuation goes on counting
+        return output
+
+    def prepare_media(
+        self,
+        lang_x: Tensor,
+        vision_x: Tensor | None = None,
+        media_features: Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> tuple[ProjectedMedia, MediaLayout]:
+        """The images of B rows, encoded and projected for every gated block, and which of them each token of lang_x
+        int64[B, T] sees. Without images those of `cache_media`, or none. Raises ValueError as `forward` does."""
+        given = next((each for each in (vision_x, media_features) if each is not None), None)
+        if given is not None and self._cached_media is not None:
+            raise ValueError("media are cached, and images were given: leave them out, or call uncache_media() first")
+        if given is not None and len(given) != len(lang_x):
+            raise ValueError(f"{len(given)} rows of images were given for {len(lang_x)} rows of text")
+        index = media_index_from_locations(lang_x == self.config.media_token_id)
+        index = index + self._images_before(index, past_key_values)[:, None]
+        if given is None and self._cached_media is not None:
+            media = self._cached_media[0]
+            return media, MediaLayout.from_index(index, media.count)
+        layout = MediaLayout.from_index(index, 0 if given is None else given.shape[1])
+        if given is None or given.shape[1] == 0:  # nobody reads this one
+            blank = self.perceiver.latents.new_zeros(len(lang_x), 1, 1, self.config.vis_dim)
+            return self.gated_cross_attn_layers.project(blank), MediaLayout(index, 1)
+        number = torch.arange(layout.num_media, device=index.device)
+        needed = (number >= index[:, :1]) & (number <= index[:, -1:])
+        tokens = self.encode_media(vision_x, media_features, needed)
+        return self.gated_cross_attn_layers.project(tokens), layout
+
+    def _images_before(self, index: Tensor, past_key_values: Cache | None) -> Tensor:
+        """int64[B]: how many images each row's text held before this one, of which index int64[B, T] counts its own."""
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            seen = getattr(past_key_values, "images_seen", None)
+            if seen is None or len(seen) != len(index):
+                raise ValueError(
+                    "cannot tell how many images the text in past_key_values holds: use a cache that this model "
+                    f"returned for these {len(index)} rows"
+                )
+            return seen.to(index.device)
+        if self._cached_media is not None and len(self._cached_media[1]) == len(index):
+            # Text without images of its own goes on behind the prompt whose media are cached, as in OpenFlamingo.
+            return torch.where(index[:, -1] >= 0, 0, self._cached_media[1].to(index.device))
+        return torch.zeros(len(index), dtype=torch.long, device=index.device)
+
+    @torch.no_grad()
+    def cache_media(self, input_ids: Tensor, vision_x: Tensor, media_features: Tensor | None = None) -> None:
+        """Encodes and projects a prompt's images once, for any number of calls of `forward` without images: over the
+        prompt input_ids int64[B, T] itself, or over text behind it, which sees the prompt's last image."""
+        self.uncache_media()
+        media, layout = self.prepare_media(input_ids, vision_x, media_features)
+        self._cached_media = (media, layout.media_index[:, -1] + 1)
+
+    def uncache_media(self) -> None:
+        """Forgets what `cache_media` kept."""
+        self._cached_media = None
+
+    def _positions(self, position_ids: Tensor | None, attention_mask: Tensor | None, length: int) -> dict[str, Tensor]:
+        """Padding on the left must not shift learned positions: the place of each token counts real tokens alone."""
+        base = getattr(self.lang_encoder, "get_base_model", lambda: self.lang_encoder)()  # of a PEFT model
+        if "position_ids" not in inspect.signature(base.forward).parameters:
+            return {}
+        if position_ids is None and attention_mask is not None:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        return {"position_ids": position_ids}
+
+    # ------------------------------------------------------------------------------------------------ as a HF model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.lang_encoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.lang_encoder.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.lang_encoder.get_output_embeddings()
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+        """Time for memory: resampler, gated blocks and decoder layers are computed again in the backward pass."""
+        lm = self.lang_encoder
+        enable = getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)  # its new name
+        options = {"use_reentrant": False, "context_fn": checkpoint_contexts}
+        enable({**(gradient_checkpointing_kwargs or {}), **options})
+        self.gated_cross_attn_layers.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        lm = self.lang_encoder
+        getattr(lm, "activation_checkpointing_disable", lm.gradient_checkpointing_disable)()
+        self.gated_cross_attn_layers.gradient_checkpointing = False
+
+    activation_checkpointing_enable = gradient_checkpointing_enable
+    activation_checkpointing_disable = gradient_checkpointing_disable
+
+
+def _from_config(config: FlamingoConfig, own_vision_encoder: nn.Module | None) -> tuple[nn.Module, PreTrainedModel]:
+    """Both models, untrained. Raises ValueError where the vision encoder is a module of one's own and was not given."""
+    if (config.vision_config is None) == (own_vision_encoder is None):
+        raise ValueError(
+            "this model was saved with a vision encoder of one's own, which no config can build: pass the module as "
+            "own_vision_encoder"
+            if own_vision_encoder is None
+            else "own_vision_encoder was given, but this model has a vision tower of its own"
+        )
+    vision_encoder = own_vision_encoder or VisionTower.from_config(config.vision_config)
+    return vision_encoder, AutoModelForCausalLM.from_config(config.text_config)
