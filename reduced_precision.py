@@ -23,7 +23,8 @@ import copy
 import importlib.util
 import logging
 from collections import Counter
-from types import ModuleType
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -120,7 +121,8 @@ def reduced(module: nn.Module, precision: str, min_width: int = MIN_WIDTH) -> nn
 
 def _quantize(module: nn.Module, precision: str, min_width: int, device: torch.device) -> None:
     """Puts torchao's 8-bit weights in the place of those of wide linear layers."""
-    torchao = _import_torchao()
+    with quiet_torchao():
+        import torchao
     users = Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
     multiple = 16 if precision == "fp8" else 1  # what the float8 product asks of both sides
 
@@ -147,15 +149,14 @@ def _quantize(module: nn.Module, precision: str, min_width: int, device: torch.d
     torchao.quantization.quantize_(module, config, filter_fn=is_wide)
 
 
-def _import_torchao() -> ModuleType:
-    """torchao, without torch's warning on stderr about how torchao registers a type: no user can act on it."""
+@contextmanager
+def quiet_torchao() -> Iterator[None]:
+    """While torchao is imported: without torch's warnings about how it registers types, for no user can act on them."""
     logger = logging.getLogger("torch.utils._pytree")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        import torchao
-
-        return torchao
+        yield
     finally:
         logger.setLevel(level)
 

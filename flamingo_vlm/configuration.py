@@ -2,6 +2,8 @@
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from flamingo_vlm import mosaic_gpt  # noqa: F401 (makes the model type `mosaic_gpt` known to transformers)
+
 
 class FlamingoConfig(PreTrainedConfig):
     """The configs of the two pretrained models, and how they are joined.
@@ -38,6 +40,9 @@ class FlamingoConfig(PreTrainedConfig):
         self.cross_attn_every_n_layers = cross_attn_every_n_layers
         self.decoder_layers_attr_name = decoder_layers_attr_name
         self.num_latents, self.resampler_depth, self.max_num_frames = num_latents, resampler_depth, max_num_frames
+
+
+AutoConfig.register("flamingo", FlamingoConfig, exist_ok=True)
 
 
 def _built(config: PreTrainedConfig | dict | None) -> PreTrainedConfig | None:

@@ -14,6 +14,7 @@ encoder, V vocabulary.
 """
 
 import inspect
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from flamingo_vlm.checkpoint_files import in_our_names
 from flamingo_vlm.conditioning import (
     Conditioning,
     GatedLayers,
@@ -115,6 +117,15 @@ class Flamingo(FlamingoDecoding, PreTrainedModel, GenerationMixin):
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"{folder} lacks {len(missing)} of the model's weights: {', '.join(missing[:5])}, ...")
         return (model, report) if wants_report else model
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
+        """As any module's, and OpenFlamingo's own names too, which its README loads with strict=False. That hides
+        whatever is wrong: `load_openflamingo_checkpoint` checks and tells."""
+        if any("lang_encoder." in name and "gated_cross_attn_layer" in name for name in state_dict):
+            _, state_dict, _ = in_our_names(state_dict, "the state dict")
+            if hasattr(self.lang_encoder, "lm_head"):  # GPT-NeoX's embed_out, as it is called since transformers 5
+                state_dict = {name.replace(".embed_out.", ".lm_head."): tensor for name, tensor in state_dict.items()}
+        return super().load_state_dict(state_dict, strict, assign)
 
     # ------------------------------------------------------------------------------------------------ images
 

@@ -54,7 +54,7 @@ SCRIPTS = [
 ]
 ORDER = [*LAYERS, *MODELS, *OPTIMIZATIONS, *HELPERS, *PARTS_OF_SCRIPTS, *SCRIPTS]
 
-FOR_PACKAGE = {*LAYERS, "perceiver_resampler", "gated_cross_attention", *OPTIMIZATIONS}  # what flamingo_vlm is made of
+FOR_PACKAGE = {*LAYERS, "perceiver_resampler", "gated_cross_attention", *OPTIMIZATIONS, *HELPERS}  # of flamingo_vlm
 HEAVY = {"matplotlib", "torchvision", "transformers", "torchao"}  # imported where they are used
 
 STUDY = sorted(path.stem for path in ROOT.glob("*.py"))
