@@ -240,7 +240,7 @@ def _their_names(name: str, list_name: str) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m flamingo_vlm.checkpoints",
-        description="Looks into checkpoints of OpenFlamingo and of this model.",
+        description="Looks into checkpoints of OpenFlamingo, released or from training, without loading a model.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser(

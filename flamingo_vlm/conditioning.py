@@ -77,7 +77,8 @@ class GatedLayers(nn.ModuleDict):
 
     def project(self, media: Tensor) -> ProjectedMedia:
         """media float[B, M, L, D] -> its keys and values for every block, each on its block's device."""
-        return ProjectedMedia({name: block.project_media(_beside(media, block)) for name, block in self.items()})
+        layers = {name: block.project_media(beside(media, block.attn.to_kv.weight)) for name, block in self.items()}
+        return ProjectedMedia(layers)
 
     def flops(self, tokens: int, latents: int, images: int) -> int:
         """Operations for one row of `tokens` text tokens; images=0 once they are projected."""
@@ -189,8 +190,7 @@ def find_decoder_layers(language_model: nn.Module, attr_name: str | None = None)
     return found[0], lists[found[0]]
 
 
-def _beside(media: Tensor, block: GatedCrossAttentionBlock) -> Tensor:
-    """media in the block's precision, on its device. Offloaded weights lie on none until they are used, and whoever
-    offloaded them moves what they meet."""
-    weight = block.attn.to_kv.weight
-    return media.to(weight.dtype) if weight.device.type == "meta" else media.to(weight.device, weight.dtype)
+def beside(x: Tensor, weight: Tensor) -> Tensor:
+    """x in the weight's precision and on its device. Offloaded weights lie nowhere (meta) until they are used, and
+    whoever offloaded them moves what they meet."""
+    return x.to(weight.dtype) if weight.device.type == "meta" else x.to(weight.device, weight.dtype)

@@ -15,9 +15,11 @@ encoder, V vocabulary.
 
 import inspect
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -28,6 +30,7 @@ from flamingo_vlm.conditioning import (
     Conditioning,
     GatedLayers,
     ProjectedMedia,
+    beside,
     checkpoint_contexts,
     find_decoder_layers,
 )
@@ -105,11 +108,14 @@ class Flamingo(FlamingoDecoding, PreTrainedModel, GenerationMixin):
         if gradient_checkpointing:
             self.gradient_checkpointing_enable()
 
+    def init_weights(self) -> None:
+        """Nothing: every part was initialized, or loaded, where it was made, and may have been changed since."""
+
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: every part was initialized, or loaded, where it was made; `from_pretrained` wants all weights."""
+        """Nothing here either: `from_pretrained`, which would draw missing weights, wants all of them."""
 
     @classmethod
-    def from_pretrained(cls, folder: str, *args, **kwargs) -> "Flamingo":
+    def from_pretrained(cls, folder: str | Path, *args, **kwargs) -> "Flamingo":
         """What `save_pretrained` wrote, or a hub repository of such files. own_vision_encoder: the module to fill where
         the model was saved with a vision encoder of one's own. Raises ValueError where weights are missing."""
         wants_report = kwargs.pop("output_loading_info", False)
@@ -126,6 +132,13 @@ class Flamingo(FlamingoDecoding, PreTrainedModel, GenerationMixin):
             if hasattr(self.lang_encoder, "lm_head"):  # GPT-NeoX's embed_out, as it is called since transformers 5
                 state_dict = {name.replace(".embed_out.", ".lm_head."): tensor for name, tensor in state_dict.items()}
         return super().load_state_dict(state_dict, strict, assign)
+
+    def save_pretrained(self, folder: str | Path, **kwargs) -> None:
+        """config.json, generation_config.json and the weights as safetensors, sharded (max_shard_size) where large.
+        Raises ValueError for a quantized language model: save the model it was made from."""
+        if any(is_traceable_wrapper_subclass(parameter) for parameter in self.parameters()):
+            raise ValueError("a quantized model cannot be saved: save it unquantized, and quantize where it is loaded")
+        super().save_pretrained(folder, **kwargs)
 
     # ------------------------------------------------------------------------------------------------ images
 
@@ -164,7 +177,9 @@ class Flamingo(FlamingoDecoding, PreTrainedModel, GenerationMixin):
     def _encode_images(self, images: Tensor, is_pixels: bool) -> Tensor:
         """float[N, F, ...] -> float[N, L, D]"""
         if len(images) == 0:
-            return self.perceiver.latents.new_zeros(0, self.num_latents or self.config.num_latents, self.config.vis_dim)
+            return torch.zeros(
+                0, self.num_latents or self.config.num_latents, self.config.vis_dim, device=images.device
+            )
 
         def encode(positions: list[int] | slice) -> Tensor:
             return self._resample(self._patch_features(images[positions]) if is_pixels else images[positions])
@@ -177,11 +192,9 @@ class Flamingo(FlamingoDecoding, PreTrainedModel, GenerationMixin):
 
     def _patch_features(self, images: Tensor) -> Tensor:
         """float[N, F, 3, h, w] -> float[N, F, P, D]"""
-        weight = next(self.vision_encoder.parameters(), images)
-        frames = images.flatten(0, 1).to(weight.device)
-        if frames.is_floating_point():
-            frames = frames.to(weight.dtype)
-        features = self.vision_encoder(frames)
+        weight = next((each for each in self.vision_encoder.parameters() if each.is_floating_point()), images)
+        frames = images.flatten(0, 1)
+        features = self.vision_encoder(beside(frames, weight) if frames.is_floating_point() else frames)
         if features.dim() != 3 or features.shape[::2] != (len(frames), self.config.vis_dim):
             raise ValueError(
                 f"vision_encoder must return patch features [{len(frames)}, P, vis_dim={self.config.vis_dim}]; "
@@ -191,8 +204,7 @@ class Flamingo(FlamingoDecoding, PreTrainedModel, GenerationMixin):
 
     def _resample(self, features: Tensor) -> Tensor:
         """float[N, F, P, D] -> float[N, L, D]"""
-        weight = next(self.perceiver.parameters())
-        features = features[:, None].to(weight.device, weight.dtype)
+        features = beside(features[:, None], next(self.perceiver.parameters()))
         if self.gated_cross_attn_layers.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(self.perceiver, features, self.num_latents, use_reentrant=False)[:, 0]
         return self.perceiver(features, self.num_latents)[:, 0]
@@ -234,8 +246,10 @@ class Flamingo(FlamingoDecoding, PreTrainedModel, GenerationMixin):
         """
         if lang_x is None or lang_x.dim() != 2:
             raise ValueError(f"lang_x must be int64[B, T]; got {None if lang_x is None else list(lang_x.shape)}")
+        images_seen = None  # unknown to a later call, unless this one counted all of them
         if media is None:
             media, layout = self.prepare_media(lang_x, vision_x, media_features, past_key_values)
+            images_seen = layout.media_index[:, -1] + 1
         output = Conditioning(self.gated_cross_attn_layers, media, layout).run(
             self.lang_encoder,
             input_ids=lang_x,
@@ -250,8 +264,9 @@ class Flamingo(FlamingoDecoding, PreTrainedModel, GenerationMixin):
         if copies > 1:
             output.past_key_values.batch_repeat_interleave(copies)
             output.logits = output.logits.repeat_interleave(copies, dim=0)
-        elif output.past_key_values is not None:
-            output.past_key_values.images_seen = layout.media_index[:, -1] + 1  # where a continuation goes on counting
+        for cache in (past_key_values, output.past_key_values):  # it is written to in place, asked back or not
+            if cache is not None:
+                cache.images_seen = images_seen
         return output
 
     def prepare_media(
@@ -272,10 +287,12 @@ class Flamingo(FlamingoDecoding, PreTrainedModel, GenerationMixin):
         index = index + self._images_before(index, past_key_values)[:, None]
         if given is None and self._cached_media is not None:
             media = self._cached_media[0]
+            if media.rows != len(lang_x):
+                raise ValueError(f"media are cached for {media.rows} rows of text; got {len(lang_x)} rows")
             return media, MediaLayout.from_index(index, media.count)
         layout = MediaLayout.from_index(index, 0 if given is None else given.shape[1])
         if given is None or given.shape[1] == 0:  # nobody reads this one
-            blank = self.perceiver.latents.new_zeros(len(lang_x), 1, 1, self.config.vis_dim)
+            blank = torch.zeros(len(lang_x), 1, 1, self.config.vis_dim, device=lang_x.device)
             return self.gated_cross_attn_layers.project(blank), MediaLayout(index, 1)
         number = torch.arange(layout.num_media, device=index.device)
         needed = (number >= index[:, :1]) & (number <= index[:, -1:])

@@ -54,14 +54,24 @@ class TinyVision(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed = nn.Linear(12, VIS_DIM)
-        self.images_seen = 0
+        self._count = {"images": 0}  # as a number, it would be taken for a setting of the encoder, which keys a cache
+
+    @property
+    def images_seen(self) -> int:
+        return self._count["images"]
+
+    @images_seen.setter
+    def images_seen(self, count: int) -> None:
+        self._count["images"] = count
 
     def forward(self, images: Tensor) -> Tensor:
         self.images_seen += len(images)
         return self.embed(images.permute(0, 3, 1, 2).flatten(2))
 
 
-def tiny_flamingo(family: str = "llama", every: int = 2, language_model: nn.Module | None = None, **options) -> Flamingo:
+def tiny_flamingo(
+    family: str = "llama", every: int = 2, language_model: nn.Module | None = None, **options
+) -> Flamingo:
     """Gates open, weights large enough that every part matters."""
     lm = language_model if language_model is not None else tiny_language_model(family)
     torch.manual_seed(1)
@@ -75,3 +85,29 @@ def tiny_flamingo(family: str = "llama", every: int = 2, language_model: nn.Modu
 def pictures(rows: int, images: int, seed: int = 0, frames: int = 1) -> Tensor:
     """float[rows, images, frames, 3, 4, 5]"""
     return torch.randn(rows, images, frames, 3, 4, 5, generator=torch.Generator().manual_seed(seed))
+
+
+def exact_flamingo(family: str = "llama", every: int = 2, **options) -> Flamingo:
+    """All weights drawn by the dice, the language model's too, so that its text is varied; in float64, or in the widest
+    precision that the family itself computes in."""
+    lm = randomized(tiny_language_model(family))
+    return tiny_flamingo(family, every, lm, **options).to(torch.float32 if family == "mpt" else torch.float64)
+
+
+def assert_close(ours: object, theirs: object) -> None:
+    """Equal up to rounding. In float64 the loosest are GPT-J and GPT-Neo, which round their attention to float32."""
+    example = next(iter(ours.values())) if isinstance(ours, dict) else ours
+    slack = 1e-8 if example.dtype == torch.float64 else 2e-5
+    torch.testing.assert_close(ours, theirs, rtol=slack, atol=slack)
+
+
+def prompts(*rows: str, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """One row for each picture of one, i an `<image>`, . a word -> ids int64[B, T] padded on the left, and their mask."""
+    words = torch.Generator().manual_seed(seed)
+    length = max(map(len, rows))
+    ids, mask = torch.full((len(rows), length), PAD), torch.zeros(len(rows), length, dtype=torch.long)
+    for row, marks in enumerate(rows):
+        for place, mark in enumerate(marks, start=length - len(marks)):
+            ids[row, place] = MEDIA if mark == "i" else torch.randint(2, EOC, (), generator=words)
+            mask[row, place] = 1
+    return ids, mask
