@@ -164,7 +164,7 @@ def measured(
         "here": (nullcontext, {"cache_implementation": "dynamic"}),
     }
     if arguments.compile:
-        ways["compiled"] = (nullcontext, {"cache_implementation": "static", "compile_config": arguments.compile_config})
+        ways["compiled"] = (nullcontext, {})
     seconds, tokens = {name: [] for name in ways}, {}
     for turn in range(arguments.rounds + 1):
         for name, (way, options) in ways.items():
@@ -221,8 +221,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     record = recorded(arguments)
     model = opt_125m(device, DTYPES[arguments.dtype])
     model.compile_decode()
-    arguments.compile_config = model.generation_config.compile_config
-    model.generation_config.compile_config = model.generation_config.cache_implementation = None
     shots = sorted(set(arguments.shots))
     settings = [(n + 1, n + 1) for n in shots] + ([(1, shots[-1] + 1)] if shots[-1] else [])
     rows = [measured(model, arguments, *setting, device) for setting in tqdm(settings, desc="prompts", leave=False)]

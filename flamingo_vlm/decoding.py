@@ -12,16 +12,18 @@ Legend: B prompts, R = B * K rows of text (K beams or samples of each), T text t
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import CompileConfig, DynamicCache, GenerationMixin, LogitsProcessor
+from transformers import Cache, CompileConfig, DynamicCache, GenerationMixin, LogitsProcessor
 
 from flamingo_vlm.conditioning import ProjectedMedia
 from flamingo_vlm.few_rows import few_rows_on_all_threads
 from media_masks import MediaLayout, media_index_from_locations
+from speculative_decoding import Scorer
 
 
 @dataclass(frozen=True)
@@ -62,19 +64,21 @@ class FlamingoDecoding(GenerationMixin):
         left, with its attention_mask -> int64[B * num_return_sequences, T + new]: the prompts and what follows them, up
         to `<|endofchunk|>`.
 
-        kwargs: those of transformers' `generate` (max_new_tokens, num_beams, do_sample, cache_implementation, ...).
+        kwargs: those of transformers' `generate` (max_new_tokens, num_beams, do_sample, cache_implementation, ...), but
+        no assistant_model: see `speculative_target`. A prompt's hidden states are returned once, not once per beam.
         allow_media_tokens: the text may hold `<image>`; such a token sees the next of the images given, or none where
         they are used up. Raises ValueError as `forward` does.
         """
-        if lang_x is None or lang_x.dim() != 2:
-            raise ValueError(f"lang_x must be int64[B, T]; got {None if lang_x is None else list(lang_x.shape)}")
-        media, layout = self.prepare_media(lang_x, vision_x, media_features)
+        check_text(lang_x, attention_mask)
+        media, layout = self.prepare_media(lang_x, vision_x, media_features, for_later=allow_media_tokens)
         last = None
         if not allow_media_tokens:
             last = media.select(layout.media_index[:, -1])
             kwargs["logits_processor"] = [Never(self.config.media_token_id), *(kwargs.get("logits_processor") or ())]
+        if "cache_implementation" not in kwargs and "past_key_values" not in kwargs:
+            kwargs |= self._compiled
         prompt_media = PromptMedia(media, last, lang_x.shape[1])
-        with few_rows_on_all_threads():
+        with few_rows_on_all_threads() if self.device.type == "cpu" else nullcontext():
             return super().generate(lang_x, attention_mask=attention_mask, prompt_media=prompt_media, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, prompt_media: PromptMedia, **kwargs) -> dict:
@@ -102,14 +106,16 @@ class FlamingoDecoding(GenerationMixin):
         layout = inputs["layout"]
         return one | {"layout": MediaLayout(layout.media_index[::copies], layout.num_media), "copies": copies}
 
-    def compile_decode(self) -> None:
+    def compile_decode(self, backend: str = "inductor") -> None:
         """From now on `generate` keeps its cache in preallocated memory and runs compiled decoding steps: CUDA graphs
-        on a GPU. The first call of each shape (rows, and the longest text so far) compiles, for a minute or so."""
+        on a GPU. The first call compiles, for a minute or so, as does one with more rows or a longer text than any
+        before. Raises ValueError where transformers says that the language model cannot be compiled."""
+        if not self.lang_encoder._can_compile_fullgraph:
+            raise ValueError(f"{type(self.lang_encoder).__name__} cannot be compiled as one graph: generate without it")
         mode = "reduce-overhead" if self.device.type == "cuda" else "default"
-        config = CompileConfig(fullgraph=True, dynamic=False, mode=mode)
+        config = CompileConfig(fullgraph=True, mode=mode, backend=backend)
         config._compile_all_devices = True  # transformers compiles on GPUs alone otherwise
-        self.generation_config.compile_config = config
-        self.generation_config.cache_implementation = "static"
+        self._compiled = {"cache_implementation": "static", "compile_config": config}
 
     @torch.inference_mode()
     def score_sequences(
@@ -125,10 +131,14 @@ class FlamingoDecoding(GenerationMixin):
         """Log-likelihoods float32[B, N] of N continuations (int64[n] each, n > 0) behind each of B prompts, summed over
         their tokens. The prompt is read once, `at_once` continuations together. Raises ValueError for an empty one.
         """
+        check_text(lang_x, attention_mask)
         if not continuations or any(each.dim() != 1 or not len(each) for each in continuations):
             raise ValueError("continuations must be a sequence of tensors int64[n], none of them empty")
+        if at_once < 1:
+            raise ValueError(f"at_once must be 1 or more; got {at_once}")
         mask = torch.ones_like(lang_x) if attention_mask is None else attention_mask
-        media, layout = self.prepare_media(lang_x, vision_x, media_features)
+        show_more = any(bool((each == self.config.media_token_id).any()) for each in continuations)
+        media, layout = self.prepare_media(lang_x, vision_x, media_features, for_later=show_more)
         prompt = self(lang_x=lang_x, attention_mask=mask, media=media, layout=layout, use_cache=True, logits_to_keep=1)
         scores = [
             self._score_behind(prompt, mask, media, layout, continuations[start : start + at_once])
@@ -157,6 +167,31 @@ class FlamingoDecoding(GenerationMixin):
         chosen = before.float().log_softmax(-1).gather(-1, ids.clamp(min=0)[..., None]).squeeze(-1)
         return (chosen * real).sum(-1).view(batch, count)
 
+    @torch.inference_mode()
+    def speculative_target(
+        self, vision_x: Tensor | None, lang_x: Tensor, *, media_features: Tensor | None = None
+    ) -> tuple[Tensor, Scorer]:
+        """Reads one prompt int64[1, T] -> the logits float[1, V] behind it, and the model as the target of
+        `speculative_decoding.speculate`, with any of its drafts. Forbid it the `<image>` token, and its greedy words
+        are those of `generate`. (`generate` itself takes transformers' prompt_lookup_num_tokens.)
+
+        Raises ValueError for several prompts, whose rows would accept different numbers of guesses.
+        """
+        if len(lang_x) != 1:
+            raise ValueError(f"one prompt at a time: its cache is cut to what was accepted; got {len(lang_x)} rows")
+        media, layout = self.prepare_media(lang_x, vision_x, media_features)
+        last, index = media.select(layout.media_index[:, -1]), layout.media_index[:, -1:].clamp(max=0)
+        prompt = self(lang_x=lang_x, media=media, layout=layout, use_cache=True, logits_to_keep=1)
+        cache = prompt.past_key_values
+
+        def target(tokens: Tensor, start: Tensor) -> Tensor:
+            if (refused := cache.get_seq_length() - int(start)) > 0:
+                cache.crop(-refused)
+            seen = MediaLayout(index.expand_as(tokens), 1)
+            return self(lang_x=tokens, media=last, layout=seen, past_key_values=cache, use_cache=True).logits
+
+        return prompt.logits[:, -1], target
+
     def _adopt_generation_config(self) -> None:
         """The language model's own defaults, ending at `<|endofchunk|>`, and with a cache whatever its config says."""
         config = copy.deepcopy(self.lang_encoder.generation_config)
@@ -164,3 +199,14 @@ class FlamingoDecoding(GenerationMixin):
         if config.pad_token_id is None:
             config.pad_token_id = self.config.eoc_token_id
         self.generation_config = config
+
+
+def check_text(lang_x: Tensor | None, attention_mask: object | None, past_key_values: Cache | None = None) -> None:
+    """Raises ValueError unless lang_x is int64[B, T], T > 0, and a mask of two axes covers it and what came before."""
+    if lang_x is None or lang_x.dim() != 2 or lang_x.shape[1] == 0:
+        raise ValueError(f"lang_x must be int64[B, T], T > 0; got {None if lang_x is None else list(lang_x.shape)}")
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        before = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        expected = (len(lang_x), before + lang_x.shape[1])
+        if tuple(attention_mask.shape) != expected:
+            raise ValueError(f"attention_mask must be {list(expected)} here; got shape {list(attention_mask.shape)}")

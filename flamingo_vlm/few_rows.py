@@ -39,6 +39,7 @@ def _bound_by_reading(x: Tensor, weight: Tensor) -> bool:
         not hasattr(weight, "__tensor_flatten__")  # quantized weights have products of their own
         and weight.device.type == "cpu"
         and weight.dtype == x.dtype == torch.float32
+        and weight.dim() == 2
         and weight.numel() >= MIN_WEIGHTS
         and 0 < x.numel() <= MAX_ROWS * x.shape[-1]
     )

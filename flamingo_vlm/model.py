@@ -35,7 +35,7 @@ from flamingo_vlm.conditioning import (
     find_decoder_layers,
 )
 from flamingo_vlm.configuration import FlamingoConfig
-from flamingo_vlm.decoding import FlamingoDecoding
+from flamingo_vlm.decoding import FlamingoDecoding, check_text
 from flamingo_vlm.vision_towers import VisionTower
 from media_masks import MediaLayout, media_index_from_locations
 from perceiver_resampler import PerceiverResampler
@@ -103,6 +103,7 @@ class Flamingo(FlamingoDecoding, PreTrainedModel, GenerationMixin):
         self.num_latents = None  # the first so many visual tokens only, of a resampler trained for it
         self.visual_token_cache: VisualTokenCache | None = None
         self._cached_media: tuple[ProjectedMedia, Tensor] | None = None
+        self._compiled: dict = {}  # what `generate` is given after `compile_decode`
         self._adopt_generation_config()
         self.post_init()
         if gradient_checkpointing:
@@ -210,7 +211,8 @@ class Flamingo(FlamingoDecoding, PreTrainedModel, GenerationMixin):
         return self.perceiver(features, self.num_latents)[:, 0]
 
     def use_visual_token_cache(self, max_bytes: int) -> VisualTokenCache:
-        """From now on images seen before, in any call, are not encoded again, unless weights changed since."""
+        """From now on images seen before, in any call, are not encoded again, unless weights, or numbers and texts that
+        the vision encoder keeps as attributes, changed since."""
         live = LiveFingerprint(self.vision_encoder, self.perceiver)
         self.visual_token_cache = VisualTokenCache(max_bytes, lambda: f"{live()} {self.num_latents}")
         return self.visual_token_cache
@@ -244,8 +246,7 @@ class Flamingo(FlamingoDecoding, PreTrainedModel, GenerationMixin):
 
         Raises ValueError for more `<image>` tokens than images, and shapes that do not belong together.
         """
-        if lang_x is None or lang_x.dim() != 2:
-            raise ValueError(f"lang_x must be int64[B, T]; got {None if lang_x is None else list(lang_x.shape)}")
+        check_text(lang_x, attention_mask, past_key_values)
         images_seen = None  # unknown to a later call, unless this one counted all of them
         if media is None:
             media, layout = self.prepare_media(lang_x, vision_x, media_features, past_key_values)
@@ -275,9 +276,11 @@ class Flamingo(FlamingoDecoding, PreTrainedModel, GenerationMixin):
         vision_x: Tensor | None = None,
         media_features: Tensor | None = None,
         past_key_values: Cache | None = None,
+        for_later: bool = False,
     ) -> tuple[ProjectedMedia, MediaLayout]:
         """The images of B rows, encoded and projected for every gated block, and which of them each token of lang_x
-        int64[B, T] sees. Without images those of `cache_media`, or none. Raises ValueError as `forward` does."""
+        int64[B, T] sees. Without images those of `cache_media`, or none. Those that no token sees are left out, unless
+        they are for_later. Raises ValueError as `forward` does."""
         given = next((each for each in (vision_x, media_features) if each is not None), None)
         if given is not None and self._cached_media is not None:
             raise ValueError("media are cached, and images were given: leave them out, or call uncache_media() first")
@@ -295,7 +298,7 @@ class Flamingo(FlamingoDecoding, PreTrainedModel, GenerationMixin):
             blank = torch.zeros(len(lang_x), 1, 1, self.config.vis_dim, device=lang_x.device)
             return self.gated_cross_attn_layers.project(blank), MediaLayout(index, 1)
         number = torch.arange(layout.num_media, device=index.device)
-        needed = (number >= index[:, :1]) & (number <= index[:, -1:])
+        needed = (number >= index[:, :1]) & ((number <= index[:, -1:]) | for_later)
         tokens = self.encode_media(vision_x, media_features, needed)
         return self.gated_cross_attn_layers.project(tokens), layout
 
@@ -319,7 +322,7 @@ class Flamingo(FlamingoDecoding, PreTrainedModel, GenerationMixin):
         """Encodes and projects a prompt's images once, for any number of calls of `forward` without images: over the
         prompt input_ids int64[B, T] itself, or over text behind it, which sees the prompt's last image."""
         self.uncache_media()
-        media, layout = self.prepare_media(input_ids, vision_x, media_features)
+        media, layout = self.prepare_media(input_ids, vision_x, media_features, for_later=True)
         self._cached_media = (media, layout.media_index[:, -1] + 1)
 
     def uncache_media(self) -> None:

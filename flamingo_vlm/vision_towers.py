@@ -91,6 +91,7 @@ class VisionTower(nn.Module):
         family = _family(model.config)
         setattr(model, family.final_norm, nn.Identity())
         self.model = model
+        self._no_split_modules = model._no_split_modules  # where a device_map may not cut
         self._any_size = family.any_size
         self._other_tokens = family.class_token + getattr(model.config, "num_register_tokens", 0)
 

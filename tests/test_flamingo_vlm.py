@@ -240,14 +240,6 @@ def test_rows_of_images_that_do_not_match_the_text_are_an_error(model):
             call(*given)
 
 
-def test_text_of_another_rank_or_none_is_an_error(model):
-    for call in (model, model.generate):
-        with pytest.raises(ValueError, match=r"lang_x must be int64\[B, T\]; got None"):
-            call(IMAGES)
-        with pytest.raises(ValueError, match=r"lang_x must be int64\[B, T\]; got \[6\]"):
-            call(IMAGES, IDS[0])
-
-
 # ---------------------------------------------------------------------------------------------------- text and images
 
 
@@ -442,6 +434,23 @@ def test_text_behind_cached_media_sees_the_last_image_of_its_prompt(model):
     model.uncache_media()
     whole = torch.cat((ids, text), dim=1)
     assert_same(behind.logits, logits(model, images, whole)[:, 4:])
+
+
+def test_cached_media_hold_images_for_text_to_come(model):
+    """More images than the prompt has `<image>` tokens: the text behind it brings those."""
+    images = pictures(2, 3)
+    ids, mask = extended_by_an_image()
+    model.cache_media(IDS, images)
+    with torch.no_grad():
+        cache = model(None, IDS, MASK, use_cache=True).past_key_values
+        behind = model(None, ids[:, 6:], mask, past_key_values=cache).logits
+    model.uncache_media()
+    assert_same(behind, logits(model, images, ids, mask)[:, 6:])
+
+
+def extended_by_an_image():
+    more = torch.tensor([[3, MEDIA, 4]] * 2)
+    return torch.cat((IDS, more), dim=1), torch.cat((MASK, torch.ones_like(more)), dim=1)
 
 
 def layout_of(ids):

@@ -149,10 +149,14 @@ print(json.dumps(report))
 @pytest.fixture(scope="module")
 def effects_of_importing():
     """Module name -> what importing it did. One process for all: torch alone takes two seconds to import."""
-    modules = [name for name in ORDER if name in STUDY]
+    study = effects([name for name in ORDER if name in STUDY], HEAVY)
+    return study | effects([f"flamingo_vlm.{path.stem}" for path in PACKAGE if path.stem != "__init__"], {"matplotlib"})
+
+
+def effects(modules, heavy):
     process = subprocess.run(
         [sys.executable, "-c", _WATCHED_IMPORTS, "--no-such-argument"],
-        input=json.dumps([sorted(HEAVY), modules]),
+        input=json.dumps([sorted(heavy), modules]),
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -166,3 +170,8 @@ def effects_of_importing():
 @pytest.mark.parametrize("module", [name for name in ORDER if name in STUDY])
 def test_importing_does_nothing(module, effects_of_importing):
     assert effects_of_importing[module] == []
+
+
+@pytest.mark.parametrize("path", [path for path in PACKAGE if path.stem != "__init__"], ids=lambda path: path.stem)
+def test_importing_the_package_does_nothing(path, effects_of_importing):
+    assert effects_of_importing[f"flamingo_vlm.{path.stem}"] == []

@@ -102,7 +102,7 @@ def assert_close(ours: object, theirs: object) -> None:
 
 
 def prompts(*rows: str, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """One row for each picture of one, i an `<image>`, . a word -> ids int64[B, T] padded on the left, and their mask."""
+    """One row for each picture of one, i an `<image>`, . a word -> ids int64[B, T] padded on the left, their mask."""
     words = torch.Generator().manual_seed(seed)
     length = max(map(len, rows))
     ids, mask = torch.full((len(rows), length), PAD), torch.zeros(len(rows), length, dtype=torch.long)
