@@ -3,6 +3,7 @@
 data/mini_flamingo/training.json   how the shipped model was trained and what it scores
 results/exploration.json           flamingo_paper_exploration.py --json
 results/optimizations.json         flamingo_optimization.py --compile --json
+results/flamingo_vlm_cpu.json      python -m flamingo_vlm.benchmark --threads 2 --compile --json
 """
 
 import argparse
@@ -128,6 +129,34 @@ def training_block(training: dict) -> str:
     return markdown_table(rows, ["stage", "steps", Column("seconds", "time", format_seconds)]) + f"\n\n{where}"
 
 
+def vlm_block(results: dict) -> str:
+    rows = []
+    for row in results["rows"]:
+        plain = row["seconds"]["re-projecting"]
+        rows.append(
+            {"images": row["images"], "text": row["text"]}
+            | {f"{way} time": seconds for way, seconds in row["seconds"].items()}
+            | {f"{way} speedup": plain / seconds for way, seconds in row["seconds"].items()}
+            | {f"{way} flops": flops for way, flops in row["flops"].items()}
+            | {f"{way} bytes": size for way, size in row["bytes"].items()}
+        )
+    columns = [
+        "images", Column("text", "text tokens"),
+        Column("re-projecting time", "re-projecting", format_seconds),
+        Column("re-projecting flops", "FLOP", format_count),
+        Column("here time", "here", format_seconds), Column("here speedup", "speedup", format_ratio),
+        Column("here flops", "FLOP", format_count), Column("here bytes", "bytes", format_bytes),
+        Column("compiled time", "compiled", format_seconds), Column("compiled speedup", "speedup", format_ratio),
+    ]  # fmt: skip
+    environment = results["environment"]
+    machine = f"{_accelerator(environment)}{environment['threads']} threads of {environment['cpu']}"
+    return (
+        f"{markdown_table(rows, columns)}\n\n{machine}, torch {environment['torch']}, {results['arguments']['dtype']}, "
+        f"batch {results['arguments']['batch']}. Reading the bytes of the first row takes "
+        f"{format_seconds(rows[0]['here bytes'] / results['ceilings']['copy_bytes'])} at this machine's copy speed."
+    )
+
+
 def _accelerator(environment: dict) -> str:
     """The device's name and a comma, or nothing where the CPU did the work: that is named anyway."""
     return "" if environment["device"] == "cpu" else f"{environment['device']}, "
@@ -145,6 +174,10 @@ SOURCES = {
     "results/optimizations.json": (
         "python flamingo_optimization.py --compile --json results/optimizations.json",
         {"optimizations": optimizations_block},
+    ),
+    "results/flamingo_vlm_cpu.json": (
+        "python -m flamingo_vlm.benchmark --threads 2 --compile --json results/flamingo_vlm_cpu.json",
+        {"vlm": vlm_block},
     ),
 }
 

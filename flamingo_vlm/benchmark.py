@@ -100,20 +100,22 @@ class Work:
 
 def work_of_a_token(model: Flamingo, rows: int, text: int, images: int, re_projecting: bool) -> Work:
     """Behind `text` tokens with `images` images, for `rows` rows. Bytes: all weights once, and what is cached."""
-    lm, blocks = model.lang_encoder, list(model.gated_cross_attn_layers.values())
-    latents, width, inner = model.config.num_latents, model.config.vis_dim, blocks[0].attn.inner
-    projection = sum(block.attn.to_kv.weight.numel() for block in blocks)
-    weights = sum(p.numel() for p in lm.parameters()) + sum(p.numel() for b in blocks for p in b.parameters())
-    weights -= projection + lm.get_decoder().embed_positions.weight.numel()  # looked up, not multiplied
-    layers, dim = lm.config.num_hidden_layers, lm.config.hidden_size
-    seen = images if re_projecting else 1
-    attention = layers * 4 * text * dim + len(blocks) * 4 * seen * latents * inner
-    cached = layers * 2 * text * dim + len(blocks) * 2 * seen * latents * inner
-    again, moved = (
-        (2 * images * latents * projection, projection + images * latents * width) if re_projecting else (0, 0)
+    lm, gated = model.lang_encoder, model.gated_cross_attn_layers
+    layers, dim, latents = lm.config.num_hidden_layers, lm.config.hidden_size, model.config.num_latents
+    inner = sum(block.attn.inner for block in gated.values())
+    others = images - 1 if re_projecting else 0  # scores against images that the token does not see
+    # Positions are looked up, not multiplied; the head is tied to the embedding.
+    lm_weights = sum(p.numel() for p in lm.parameters()) - lm.get_decoder().embed_positions.weight.numel()
+    flops = 2 * lm_weights + layers * 4 * text * dim
+    flops += (
+        gated.flops(tokens=1, latents=latents, images=images if re_projecting else 0) + 4 * others * latents * inner
     )
-    itemsize = blocks[0].ff[1].weight.element_size()
-    return Work(rows * (2 * weights + attention + again), itemsize * (weights + moved + rows * cached))
+    projection = sum(block.attn.to_kv.weight.numel() for block in gated.values())
+    weights = lm_weights + sum(p.numel() for p in gated.parameters()) - (0 if re_projecting else projection)
+    cached = 2 * layers * text * dim + 2 * (1 + others) * latents * inner
+    media = images * latents * model.config.vis_dim if re_projecting else 0
+    itemsize = next(gated.parameters()).element_size()
+    return Work(rows * flops, itemsize * (weights + rows * (cached + media)))
 
 
 class _Clock(LogitsProcessor):

@@ -43,7 +43,9 @@ class Never(LogitsProcessor):
         self.token_id = token_id
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return scores.index_fill(1, torch.tensor([self.token_id], device=scores.device), -torch.inf)
+        scores = scores.clone()
+        scores[:, self.token_id] = -torch.inf
+        return scores
 
 
 class FlamingoDecoding(GenerationMixin):

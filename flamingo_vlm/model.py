@@ -9,20 +9,19 @@ gated cross-attention (Alayrac et al. 2022, figure 3).
 Arguments and meaning are OpenFlamingo's, parameter names too, so that its weights load (`checkpoints.py`). It is also a
 Hugging Face model: `from_pretrained`, `save_pretrained`, `generate` with all its options.
 
-Legend: B rows, T text tokens, M images per row, F frames per image, P patches, L visual tokens, D width of the vision
-encoder, V vocabulary.
+What lies in front of the language model is `media.py`, what goes beyond one forward pass `decoding.py`.
+
+Legend: B rows, T text tokens, M images per row, N images, F frames per image, P patches, L visual tokens, D width of
+the vision encoder, V vocabulary.
 """
 
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flamingo_vlm.checkpoint_files import in_our_names
@@ -30,19 +29,18 @@ from flamingo_vlm.conditioning import (
     Conditioning,
     GatedLayers,
     ProjectedMedia,
-    beside,
     checkpoint_contexts,
     find_decoder_layers,
 )
 from flamingo_vlm.configuration import FlamingoConfig
 from flamingo_vlm.decoding import FlamingoDecoding, check_text
+from flamingo_vlm.media import FlamingoMedia
 from flamingo_vlm.vision_towers import VisionTower
-from media_masks import MediaLayout, media_index_from_locations
+from media_masks import MediaLayout
 from perceiver_resampler import PerceiverResampler
-from visual_token_cache import LiveFingerprint, VisualTokenCache, pixels_keys
 
 
-class Flamingo(FlamingoDecoding, PreTrainedModel, GenerationMixin):
+class Flamingo(FlamingoMedia, FlamingoDecoding, PreTrainedModel, GenerationMixin):
     """Composed by hand: vision_encoder maps float[N, 3, h, w] (or what its domain has for images) to patch features
     float[N, P, vis_dim]; lang_encoder is any causal language model of transformers.
 
@@ -100,9 +98,7 @@ class Flamingo(FlamingoDecoding, PreTrainedModel, GenerationMixin):
             len(layers), config.cross_attn_every_n_layers, lang_encoder.config.hidden_size, config.vis_dim
         )
         self.gated_cross_attn_layers.attach(layers)
-        self.num_latents = None  # the first so many visual tokens only, of a resampler trained for it
-        self.visual_token_cache: VisualTokenCache | None = None
-        self._cached_media: tuple[ProjectedMedia, Tensor] | None = None
+        self.num_latents = self.visual_token_cache = self._cached_media = None
         self._compiled: dict = {}  # what `generate` is given after `compile_decode`
         self._adopt_generation_config()
         self.post_init()
@@ -140,84 +136,6 @@ class Flamingo(FlamingoDecoding, PreTrainedModel, GenerationMixin):
         if any(is_traceable_wrapper_subclass(parameter) for parameter in self.parameters()):
             raise ValueError("a quantized model cannot be saved: save it unquantized, and quantize where it is loaded")
         super().save_pretrained(folder, **kwargs)
-
-    # ------------------------------------------------------------------------------------------------ images
-
-    def encode_media(
-        self,
-        vision_x: Tensor | None = None,
-        media_features: Tensor | None = None,
-        needed: Tensor | None = None,
-    ) -> Tensor:
-        """Pixels float[B, M, F, 3, h, w], or precomputed patch features float[B, M, F, P, D] -> visual tokens
-        float[B, M, L, D]. needed bool[B, M]: the images any token sees; the others are zeros.
-
-        Without gradients equal images are encoded once, and with `visual_token_cache` once and for all. Raises
-        ValueError for both or neither, and for another rank or width.
-        """
-        if (vision_x is None) == (media_features is None):
-            raise ValueError("give either vision_x (images) or media_features (their patch features)")
-        if media_features is not None:
-            images, rank = media_features, "[B, M, F, P, D]"
-            wrong = images.dim() != 5 or images.shape[-1] != self.config.vis_dim
-        else:
-            images, rank = vision_x, "[B, M, F, 3, h, w]"
-            wrong = images.dim() != 6 if isinstance(self.vision_encoder, VisionTower) else images.dim() < 4
-        if wrong:
-            name = "vision_x" if media_features is None else "media_features"
-            raise ValueError(f"{name} must be {rank} (D = {self.config.vis_dim}); got shape {list(images.shape)}")
-        leading, flat = images.shape[:2], images.flatten(0, 1)
-        needed = images.new_ones(leading, dtype=torch.bool) if needed is None else needed.to(images.device)
-        wanted = flat if bool(needed.all()) else flat[needed.flatten()]
-        tokens = self._encode_images(wanted, is_pixels=media_features is None)
-        if len(wanted) < len(flat):
-            blank = tokens.new_zeros(len(flat), *tokens.shape[1:])
-            tokens = blank.index_put((needed.flatten().to(tokens.device),), tokens)
-        return tokens.unflatten(0, leading)
-
-    def _encode_images(self, images: Tensor, is_pixels: bool) -> Tensor:
-        """float[N, F, ...] -> float[N, L, D]"""
-        if len(images) == 0:
-            return torch.zeros(
-                0, self.num_latents or self.config.num_latents, self.config.vis_dim, device=images.device
-            )
-
-        def encode(positions: list[int] | slice) -> Tensor:
-            return self._resample(self._patch_features(images[positions]) if is_pixels else images[positions])
-
-        if torch.is_grad_enabled():
-            return encode(slice(None))
-        cache = self.visual_token_cache or VisualTokenCache(max_bytes=1, fingerprint="one call")  # finds duplicates
-        keys = pixels_keys(images, "pixels" if is_pixels else "features")
-        return cache.fetch(keys, lambda missing: (encode(missing),))[0]
-
-    def _patch_features(self, images: Tensor) -> Tensor:
-        """float[N, F, 3, h, w] -> float[N, F, P, D]"""
-        weight = next((each for each in self.vision_encoder.parameters() if each.is_floating_point()), images)
-        frames = images.flatten(0, 1)
-        features = self.vision_encoder(beside(frames, weight) if frames.is_floating_point() else frames)
-        if features.dim() != 3 or features.shape[::2] != (len(frames), self.config.vis_dim):
-            raise ValueError(
-                f"vision_encoder must return patch features [{len(frames)}, P, vis_dim={self.config.vis_dim}]; "
-                f"got shape {list(features.shape)}"
-            )
-        return features.unflatten(0, images.shape[:2])
-
-    def _resample(self, features: Tensor) -> Tensor:
-        """float[N, F, P, D] -> float[N, L, D]"""
-        features = beside(features[:, None], next(self.perceiver.parameters()))
-        if self.gated_cross_attn_layers.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.perceiver, features, self.num_latents, use_reentrant=False)[:, 0]
-        return self.perceiver(features, self.num_latents)[:, 0]
-
-    def use_visual_token_cache(self, max_bytes: int) -> VisualTokenCache:
-        """From now on images seen before, in any call, are not encoded again, unless weights, or numbers and texts that
-        the vision encoder keeps as attributes, changed since."""
-        live = LiveFingerprint(self.vision_encoder, self.perceiver)
-        self.visual_token_cache = VisualTokenCache(max_bytes, lambda: f"{live()} {self.num_latents}")
-        return self.visual_token_cache
-
-    # ------------------------------------------------------------------------------------------------ text
 
     def forward(
         self,
@@ -269,65 +187,6 @@ class Flamingo(FlamingoDecoding, PreTrainedModel, GenerationMixin):
             if cache is not None:
                 cache.images_seen = images_seen
         return output
-
-    def prepare_media(
-        self,
-        lang_x: Tensor,
-        vision_x: Tensor | None = None,
-        media_features: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        for_later: bool = False,
-    ) -> tuple[ProjectedMedia, MediaLayout]:
-        """The images of B rows, encoded and projected for every gated block, and which of them each token of lang_x
-        int64[B, T] sees. Without images those of `cache_media`, or none. Those that no token sees are left out, unless
-        they are for_later. Raises ValueError as `forward` does."""
-        given = next((each for each in (vision_x, media_features) if each is not None), None)
-        if given is not None and self._cached_media is not None:
-            raise ValueError("media are cached, and images were given: leave them out, or call uncache_media() first")
-        if given is not None and len(given) != len(lang_x):
-            raise ValueError(f"{len(given)} rows of images were given for {len(lang_x)} rows of text")
-        index = media_index_from_locations(lang_x == self.config.media_token_id)
-        index = index + self._images_before(index, past_key_values)[:, None]
-        if given is None and self._cached_media is not None:
-            media = self._cached_media[0]
-            if media.rows != len(lang_x):
-                raise ValueError(f"media are cached for {media.rows} rows of text; got {len(lang_x)} rows")
-            return media, MediaLayout.from_index(index, media.count)
-        layout = MediaLayout.from_index(index, 0 if given is None else given.shape[1])
-        if given is None or given.shape[1] == 0:  # nobody reads this one
-            blank = torch.zeros(len(lang_x), 1, 1, self.config.vis_dim, device=lang_x.device)
-            return self.gated_cross_attn_layers.project(blank), MediaLayout(index, 1)
-        number = torch.arange(layout.num_media, device=index.device)
-        needed = (number >= index[:, :1]) & ((number <= index[:, -1:]) | for_later)
-        tokens = self.encode_media(vision_x, media_features, needed)
-        return self.gated_cross_attn_layers.project(tokens), layout
-
-    def _images_before(self, index: Tensor, past_key_values: Cache | None) -> Tensor:
-        """int64[B]: how many images each row's text held before this one, of which index int64[B, T] counts its own."""
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
-            seen = getattr(past_key_values, "images_seen", None)
-            if seen is None or len(seen) != len(index):
-                raise ValueError(
-                    "cannot tell how many images the text in past_key_values holds: use a cache that this model "
-                    f"returned for these {len(index)} rows"
-                )
-            return seen.to(index.device)
-        if self._cached_media is not None and len(self._cached_media[1]) == len(index):
-            # Text without images of its own goes on behind the prompt whose media are cached, as in OpenFlamingo.
-            return torch.where(index[:, -1] >= 0, 0, self._cached_media[1].to(index.device))
-        return torch.zeros(len(index), dtype=torch.long, device=index.device)
-
-    @torch.no_grad()
-    def cache_media(self, input_ids: Tensor, vision_x: Tensor, media_features: Tensor | None = None) -> None:
-        """Encodes and projects a prompt's images once, for any number of calls of `forward` without images: over the
-        prompt input_ids int64[B, T] itself, or over text behind it, which sees the prompt's last image."""
-        self.uncache_media()
-        media, layout = self.prepare_media(input_ids, vision_x, media_features, for_later=True)
-        self._cached_media = (media, layout.media_index[:, -1] + 1)
-
-    def uncache_media(self) -> None:
-        """Forgets what `cache_media` kept."""
-        self._cached_media = None
 
     def _positions(self, position_ids: Tensor | None, attention_mask: Tensor | None, length: int) -> dict[str, Tensor]:
         """Padding on the left must not shift learned positions: the place of each token counts real tokens alone."""
