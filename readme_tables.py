@@ -150,10 +150,13 @@ def vlm_block(results: dict) -> str:
     ]  # fmt: skip
     environment = results["environment"]
     machine = f"{_accelerator(environment)}{environment['threads']} threads of {environment['cpu']}"
+    pair, arguments = results["same_text"], results["arguments"]
+    one, many = map(format_seconds, pair["seconds"])
+    least = format_seconds(rows[0]["here bytes"] / results["ceilings"]["copy_bytes"])
     return (
-        f"{markdown_table(rows, columns)}\n\n{machine}, torch {environment['torch']}, {results['arguments']['dtype']}, "
-        f"batch {results['arguments']['batch']}. Reading the bytes of the first row takes "
-        f"{format_seconds(rows[0]['here bytes'] / results['ceilings']['copy_bytes'])} at this machine's copy speed."
+        f"{markdown_table(rows, columns)}\n\n{machine}, torch {environment['torch']}, {arguments['dtype']}, batch "
+        f"{arguments['batch']}. Behind the same {pair['text']} tokens of text, in turns: {one} with 1 image and {many} "
+        f"with {pair['images'][1]}. Reading the bytes of the first row takes {least} at this machine's copy speed."
     )
 
 

@@ -154,11 +154,9 @@ def prompt_of(rows: int, images: int, text_images: int, device: torch.device, dt
     return {"lang_x": lang_x.to(device), "media_features": features.to(device, dtype)}
 
 
-def measured(
-    model: Flamingo, arguments: argparse.Namespace, images: int, text_images: int, device: torch.device
-) -> dict:
+def measured(model: Flamingo, arguments: argparse.Namespace, images: int, device: torch.device) -> dict:
     """One row of the table. Raises AssertionError where the ways do not generate the same tokens."""
-    prompt = prompt_of(arguments.batch, images, text_images, device, DTYPES[arguments.dtype])
+    prompt = prompt_of(arguments.batch, images, images, device, DTYPES[arguments.dtype])
     with torch.inference_mode():
         media = model.encode_media(media_features=prompt["media_features"])
     ways = {
@@ -188,6 +186,19 @@ def measured(
         "flops": {name: each.flops for name, each in work.items()},
         "bytes": {name: each.bytes for name, each in work.items()},
     }
+
+
+def same_text(model: Flamingo, arguments: argparse.Namespace, images: int, device: torch.device) -> dict:
+    """What `images` images cost behind the same text as one of them: its other `<image>` tokens are words."""
+    counts = (1, images)
+    prompts = {n: prompt_of(arguments.batch, n, images, device, DTYPES[arguments.dtype]) for n in counts}
+    seconds = {n: [] for n in counts}
+    for turn in range(arguments.rounds + 1):
+        for n, prompt in prompts.items():
+            _, steps = timed(model, prompt, arguments.new_tokens, device, cache_implementation="dynamic")
+            seconds[n] += steps if turn else []
+    text = prompts[1]["lang_x"].shape[1]
+    return {"text": text, "images": list(counts), "seconds": [median(seconds[n]) for n in counts]}
 
 
 def arguments_of(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -224,9 +235,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = opt_125m(device, DTYPES[arguments.dtype])
     model.compile_decode()
     shots = sorted(set(arguments.shots))
-    settings = [(n + 1, n + 1) for n in shots] + ([(1, shots[-1] + 1)] if shots[-1] else [])
-    rows = [measured(model, arguments, *setting, device) for setting in tqdm(settings, desc="prompts", leave=False)]
-    print(report(rows))
+    rows = [measured(model, arguments, n + 1, device) for n in tqdm(shots, desc="prompts", leave=False)]
+    pair = same_text(model, arguments, shots[-1] + 1, device) if shots[-1] else None
+    print(report(rows, pair))
     ceilings = {"matmul_flops": matmul_ceiling(device, DTYPES[arguments.dtype]), "copy_bytes": copy_ceiling(device)}
     least = rows[0]["bytes"]["here"] / ceilings["copy_bytes"]
     print(
@@ -234,11 +245,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{format_seconds(least)} at least, {format_percent(least / rows[0]['seconds']['here'])} of what it took here."
     )
     if arguments.json:
-        payload = {"environment": environment(device), "arguments": record, "ceilings": ceilings, "rows": rows}
+        payload = {
+            "environment": environment(device),
+            "arguments": record,
+            "ceilings": ceilings,
+            "rows": rows,
+            "same_text": pair,
+        }
         print(f"Written: {write_json(arguments.json, payload)}")
 
 
-def report(rows: Sequence[dict]) -> str:
+def report(rows: Sequence[dict], pair: dict | None) -> str:
     """The table, and what more images cost."""
     shown = []
     for row in rows:
@@ -258,16 +275,14 @@ def report(rows: Sequence[dict]) -> str:
         Column("flops", "FLOP", format_count),
         Column("bytes", "bytes", format_bytes),
     ]
-    lines = [table(shown, columns)]
-    most = max(rows, key=lambda row: row["images"])
-    for row in rows:
-        if row["images"] < most["images"] and row["text"] == most["text"]:
-            dearer = most["seconds"]["here"] / row["seconds"]["here"] - 1
-            lines.append(
-                f"\nBehind the same {row['text']} tokens of text, {most['images']} images make a token "
-                f"{format_percent(dearer)} dearer than {row['images']}."
-            )
-    return "\n".join(lines)
+    text = table(shown, columns)
+    if pair:
+        (_, images), (one, many) = pair["images"], pair["seconds"]
+        text += (
+            f"\n\nBehind the same {pair['text']} tokens of text, in turns, a token takes {format_seconds(one)} with "
+            f"one image and {format_seconds(many)} with {images}: {format_percent(many / one - 1)} more."
+        )
+    return text
 
 
 if __name__ == "__main__":
