@@ -19,7 +19,7 @@ import argparse
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -32,6 +32,7 @@ from attention_layers import CrossAttention, MediaKV
 from benchmarking import choose_device, copy_ceiling, environment, matmul_ceiling, synchronize
 from command_line import positive_int, recorded
 from flamingo_vlm.decoding import PromptMedia
+from flamingo_vlm.generate import DTYPES
 from flamingo_vlm.model import Flamingo
 from media_masks import MediaLayout
 from reporting import (
@@ -48,7 +49,6 @@ from sparse_cross_attention import dense_masked_attention
 
 VOCABULARY, VIS_DIM, WORDS_PER_IMAGE = 50272, 1024, 10
 EOC, MEDIA = VOCABULARY, VOCABULARY + 1
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def opt_125m(device: torch.device, dtype: torch.dtype) -> Flamingo:
@@ -77,7 +77,7 @@ def re_projecting(model: Flamingo, media: Tensor) -> Iterator[None]:
 
     def prepare_anew(input_ids: Tensor, prompt_media: PromptMedia, **kwargs) -> dict:
         all_images = model.gated_cross_attn_layers.project(media)
-        return prepare(input_ids, PromptMedia(all_images, None, prompt_media.length), **kwargs)
+        return prepare(input_ids, replace(prompt_media, all=all_images, last=None), **kwargs)
 
     model.prepare_inputs_for_generation = prepare_anew
     for attention in attentions:

@@ -29,7 +29,8 @@ from flamingo_vlm.checkpoint_files import (
     same,
     summary,
 )
-from flamingo_vlm.model import Flamingo
+from flamingo_vlm.conditioning import plain_language_model
+from flamingo_vlm.model import Flamingo, check_plain_resampler
 
 RESAMPLER, GATED, INPUT, OUTPUT = "resampler", "gated cross-attention", "input embedding", "output embedding"
 
@@ -135,17 +136,12 @@ def _places(model: Flamingo) -> list[_Place]:
 
 def _language_model_names(model: Flamingo) -> dict[str, Tensor]:
     """Parameters and buffers of the language model by their names in a file, tied ones under each of their names."""
-    plain = _plain_language_model(model)
+    plain = plain_language_model(model.lang_encoder)
     tensors = dict(plain.named_buffers(remove_duplicate=False)) | dict(plain.named_parameters(remove_duplicate=False))
     if plain.config.model_type == "gpt_neox":  # transformers 5 renamed it
         head = tensors.get("lm_head.weight", tensors.get("embed_out.weight"))
         tensors |= {"lm_head.weight": head, "embed_out.weight": head}
     return {f"lang_encoder.{name}": tensor for name, tensor in tensors.items()}
-
-
-def _plain_language_model(model: Flamingo) -> nn.Module:
-    """What a PEFT model is wrapped around; names in a file know nothing of the wrapping."""
-    return getattr(model.lang_encoder, "get_base_model", lambda: model.lang_encoder)()
 
 
 def _may_be_absent(place: _Place, frozen_embeddings: bool) -> str | None:
@@ -211,14 +207,16 @@ def save_openflamingo_checkpoint(model: Flamingo, path: str | Path) -> None:
     """Writes a file that OpenFlamingo 2.0.1 reads: a flat dict of tensors on the CPU, in the model's precision, each
     under all its names and stored once. It also holds an untied output embedding, which theirs would lose.
 
-    The file appears complete or not at all. Raises ValueError where the model has no weights, only shapes.
+    The file appears complete or not at all. Raises ValueError where the model has no weights, only shapes, and for a
+    resampler that is not the plain one.
     """
-    layers = model.lang_encoder.get_submodule(model.decoder_layers_attr_name)
-    (list_name,) = (name for name, part in _plain_language_model(model).named_modules() if part is layers)
+    check_plain_resampler(model)
     tensors = {}
     for place in _places(model):
         tensor = place.parameter.detach().cpu()
-        tensors |= {theirs: tensor for name in place.names for theirs in _their_names(name, list_name)}
+        tensors |= {
+            theirs: tensor for name in place.names for theirs in _their_names(name, model.decoder_layers_attr_name)
+        }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")

@@ -9,6 +9,8 @@ one call of the language model, in one thread:
     with_media = Conditioning(gated_layers, media, layout)
     with_media.run(language_model, input_ids=...)  # inside: the blocks read; outside: the plain language model
 
+(Under FSDP2 `project_media` needs `register_fsdp_forward_method`, for it is no block's forward.)
+
 So an exception leaves nothing behind, and two threads never see each other's images. A thread-local variable carries it
 rather than a context variable, because torch.compile traces the one and not the other.
 
@@ -107,10 +109,8 @@ class _InScope:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What one call reads: media of B rows for the blocks of `gated_layers`, and a layout of R rows and T tokens.
-
-    Raises ValueError where R is no multiple of B.
-    """
+    """What one call reads: media of B rows for the blocks of `gated_layers`, and a layout of R rows and T tokens, which
+    is kept as one of B rows and K * T tokens. Raises ValueError where R is no multiple of B."""
 
     gated_layers: GatedLayers
     media: ProjectedMedia
@@ -120,7 +120,7 @@ class Conditioning:
         rows, length = self.layout.media_index.shape
         if rows % self.media.rows:
             raise ValueError(f"{rows} rows of text cannot share the images of {self.media.rows} rows")
-        index = self.layout.media_index.view(self.media.rows, rows // self.media.rows * length)
+        index = self.layout.media_index.reshape(self.media.rows, rows // self.media.rows * length)
         object.__setattr__(self, "layout", MediaLayout(index, self.layout.num_media))
 
     def run(self, function: Callable, *args, **kwargs):
@@ -164,10 +164,17 @@ def checkpoint_contexts() -> tuple[AbstractContextManager, AbstractContextManage
     return nullcontext(), _InScope(_SCOPE.conditioning)
 
 
+def plain_language_model(language_model: nn.Module) -> nn.Module:
+    """What a PEFT model, or a compiled one, is wrapped around."""
+    language_model = getattr(language_model, "_orig_mod", language_model)
+    return getattr(language_model, "get_base_model", lambda: language_model)()
+
+
 def find_decoder_layers(language_model: nn.Module, attr_name: str | None = None) -> tuple[str, nn.ModuleList]:
-    """The list of decoder layers and its path, found by structure: the outermost nn.ModuleList with as many items as
-    the config has layers. `attr_name` names it where that is ambiguous. Raises ValueError where there is none or
-    several."""
+    """The list of decoder layers and its path in the plain language model, found by structure: the outermost
+    nn.ModuleList with as many items as the config has layers. `attr_name` names it where that is ambiguous. Raises
+    ValueError where there is none or several."""
+    language_model = plain_language_model(language_model)
     if attr_name is not None:
         try:
             layers = language_model.get_submodule(attr_name)
@@ -188,6 +195,15 @@ def find_decoder_layers(language_model: nn.Module, attr_name: str | None = None)
             f"{', '.join(found or outermost) or 'it has no nn.ModuleList'}. Name it with decoder_layers_attr_name"
         )
     return found[0], lists[found[0]]
+
+
+def position_limit(language_model: nn.Module) -> int | None:
+    """For how many tokens the language model has learned positions; None where positions have no end."""
+    base = plain_language_model(language_model)
+    limit = getattr(base.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    tables = {part.num_embeddings for part in base.modules() if isinstance(part, nn.Embedding)}
+    tables -= {base.get_input_embeddings().num_embeddings}
+    return limit if limit is not None and tables & {limit, limit + 2} else None  # OPT's begins with two spare ones
 
 
 def beside(x: Tensor, weight: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from flamingo_vlm import mosaic_gpt  # noqa: F401 (makes the model type `mosaic_
 class FlamingoConfig(PreTrainedConfig):
     """The configs of the two pretrained models, and how they are joined.
 
+    eoc_token_id and media_token_id: of `<|endofchunk|>` and `<image>`; vis_dim: width of the vision encoder.
     vision_config is None where the vision encoder is a module of one's own, which no config can build.
     max_num_frames: learned frame embeddings for videos of at most so many frames; None has none.
     """

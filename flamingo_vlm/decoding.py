@@ -19,21 +19,32 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, CompileConfig, DynamicCache, GenerationMixin, LogitsProcessor
+from transformers.utils import ModelOutput
 
 from flamingo_vlm.conditioning import ProjectedMedia
 from flamingo_vlm.few_rows import few_rows_on_all_threads
 from media_masks import MediaLayout, media_index_from_locations
 from speculative_decoding import Scorer
 
+UNSUPPORTED = {  # option of transformers' generate -> what to do
+    "assistant_model": "use prompt_lookup_num_tokens, or speculative_target with a draft",
+    "assistant_early_exit": "use prompt_lookup_num_tokens, or speculative_target with a draft",
+    "guidance_scale": "it would read the text without its images",
+    "prefill_chunk_size": "the images of a prompt are counted over the whole of it",
+}
+# What a caller may ask for that a compiled step with a preallocated cache cannot do, or that settles the cache itself.
+NOT_COMPILED = {"cache_implementation", "past_key_values", "use_cache", "prompt_lookup_num_tokens", "generation_config"}
+
 
 @dataclass(frozen=True)
 class PromptMedia:
-    """What one generation reads: all images, for the prompt of `length` tokens; behind it each row's last image alone.
-    last is None where `<image>` may be generated."""
+    """What one generation reads: all images, for the prompt of `length` tokens; behind it each row's last image alone,
+    unless `<image>` may be generated (None)."""
 
     all: ProjectedMedia
     last: ProjectedMedia | None
     length: int
+    before: Tensor  # int64[B], images in the text before the prompt, see `cache_media`
 
 
 class Never(LogitsProcessor):
@@ -51,7 +62,6 @@ class Never(LogitsProcessor):
 class FlamingoDecoding(GenerationMixin):
     """What `Flamingo` does beyond one forward pass."""
 
-    @torch.inference_mode()
     def generate(
         self,
         vision_x: Tensor | None = None,
@@ -61,27 +71,57 @@ class FlamingoDecoding(GenerationMixin):
         media_features: Tensor | None = None,
         allow_media_tokens: bool = False,
         **kwargs,
-    ) -> Tensor:
+    ) -> Tensor | ModelOutput:
         """vision_x float[B, M, F, 3, h, w] (or media_features, see `encode_media`), lang_x int64[B, T], padded on the
         left, with its attention_mask -> int64[B * num_return_sequences, T + new]: the prompts and what follows them, up
         to `<|endofchunk|>`.
 
-        kwargs: those of transformers' `generate` (max_new_tokens, num_beams, do_sample, cache_implementation, ...), but
-        no assistant_model: see `speculative_target`. A prompt's hidden states are returned once, not once per beam.
+        kwargs: those of transformers' `generate` (max_new_tokens, num_beams, do_sample, cache_implementation ...) but
+        the ones that UNSUPPORTED names. A prompt's hidden states are returned once, not once per beam.
         allow_media_tokens: the text may hold `<image>`; such a token sees the next of the images given, or none where
-        they are used up. Raises ValueError as `forward` does.
+        they are used up. Raises ValueError as `forward` does, for padding on the right, and for text longer than the
+        language model's positions.
         """
+        self._check_prompts(lang_x, attention_mask)
+        for name, instead in UNSUPPORTED.items():
+            if kwargs.get(name) is not None or getattr(kwargs.get("generation_config"), name, None) is not None:
+                raise ValueError(f"{name} is not supported here: {instead}")
+        if "generation_config" not in kwargs:
+            new = kwargs.get("max_new_tokens") or self.generation_config.max_new_tokens or 0
+            self.check_length(max(lang_x.shape[1] + new, kwargs.get("max_length") or 0))
+        with torch.inference_mode(), few_rows_on_all_threads() if self.device.type == "cpu" else nullcontext():
+            media, layout = self.prepare_media(lang_x, vision_x, media_features, for_later=allow_media_tokens)
+            kwargs["prompt_media"] = self._prompt_media(lang_x, media, layout, allow_media_tokens)
+            if not allow_media_tokens:
+                never = Never(self.config.media_token_id)
+                kwargs["logits_processor"] = [never, *(kwargs.get("logits_processor") or ())]
+            if not kwargs.keys() & NOT_COMPILED:
+                kwargs |= self._compiled
+            output = super().generate(lang_x, attention_mask=attention_mask, **kwargs)
+        if isinstance(output, Tensor):
+            return output.clone()  # outside of inference mode, so that training may read it
+        output.sequences = output.sequences.clone()
+        return output
+
+    def _check_prompts(self, lang_x: Tensor | None, attention_mask: Tensor | None) -> None:
+        """What is continued ends in its last token, and needs a cache."""
         check_text(lang_x, attention_mask)
-        media, layout = self.prepare_media(lang_x, vision_x, media_features, for_later=allow_media_tokens)
-        last = None
-        if not allow_media_tokens:
-            last = media.select(layout.media_index[:, -1])
-            kwargs["logits_processor"] = [Never(self.config.media_token_id), *(kwargs.get("logits_processor") or ())]
-        if "cache_implementation" not in kwargs and "past_key_values" not in kwargs:
-            kwargs |= self._compiled
-        prompt_media = PromptMedia(media, last, lang_x.shape[1])
-        with few_rows_on_all_threads() if self.device.type == "cpu" else nullcontext():
-            return super().generate(lang_x, attention_mask=attention_mask, prompt_media=prompt_media, **kwargs)
+        if attention_mask is not None and bool((attention_mask[:, -1] == 0).any()):
+            raise ValueError('prompts must be padded on the left: set tokenizer.padding_side = "left"')
+        if self.training and self.gated_cross_attn_layers.gradient_checkpointing:
+            raise ValueError("gradient checkpointing leaves no cache in training mode: call model.eval() first")
+
+    def check_length(self, tokens: int) -> None:
+        """Raises ValueError for more tokens than the language model has learned positions for."""
+        if self.position_limit is not None and tokens > self.position_limit:
+            raise ValueError(
+                f"the text would have {tokens} tokens, and this language model has positions for {self.position_limit}"
+            )
+
+    def _prompt_media(self, lang_x: Tensor, media: ProjectedMedia, layout: MediaLayout, more: bool) -> PromptMedia:
+        index = layout.media_index
+        before = index[:, 0] + 1 - (lang_x[:, 0] == self.config.media_token_id).long()
+        return PromptMedia(media, None if more else media.select(index[:, -1]), lang_x.shape[1], before)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, prompt_media: PromptMedia, **kwargs) -> dict:
         """What `forward` is given for the next pass. input_ids int64[R, T] is the whole text, of which the language
@@ -91,6 +131,7 @@ class FlamingoDecoding(GenerationMixin):
         new = lang_x.shape[1]
         media = prompt_media.all
         index = media_index_from_locations(input_ids == self.config.media_token_id)
+        index = index + prompt_media.before.repeat_interleave(len(input_ids) // media.rows)[:, None]
         index = index.masked_fill(index >= media.count, -1)  # generated, with no image left for it
         if prompt_media.last is not None and input_ids.shape[1] - new >= prompt_media.length:
             media, index = prompt_media.last, index.clamp(max=0)
@@ -100,13 +141,16 @@ class FlamingoDecoding(GenerationMixin):
 
     def _once_per_prompt(self, inputs: dict) -> dict:
         """Before the first new token the K rows of a prompt are equal: one of them is enough."""
-        rows, cache = len(inputs["lang_x"]), inputs.get("past_key_values")
-        copies = rows // inputs["media"].rows
+        cache, layout = inputs.get("past_key_values"), inputs["layout"]
+        copies = len(inputs["lang_x"]) // inputs["media"].rows
         if copies == 1 or type(cache) is not DynamicCache or cache.get_seq_length() > 0:
             return inputs
-        one = {k: v[::copies] if isinstance(v, Tensor) and v.dim() and len(v) == rows else v for k, v in inputs.items()}
-        layout = inputs["layout"]
-        return one | {"layout": MediaLayout(layout.media_index[::copies], layout.num_media), "copies": copies}
+        if not all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers):  # linear attention
+            return inputs
+        of_rows = {name: inputs.get(name) for name in ("lang_x", "attention_mask", "position_ids")}
+        one = {name: each[::copies] for name, each in of_rows.items() if isinstance(each, Tensor)}
+        one["layout"] = MediaLayout(layout.media_index[::copies], layout.num_media)
+        return inputs | one | {"copies": copies}
 
     def compile_decode(self, backend: str = "inductor") -> None:
         """From now on `generate` keeps its cache in preallocated memory and runs compiled decoding steps: CUDA graphs
@@ -119,7 +163,6 @@ class FlamingoDecoding(GenerationMixin):
         config._compile_all_devices = True  # transformers compiles on GPUs alone otherwise
         self._compiled = {"cache_implementation": "static", "compile_config": config}
 
-    @torch.inference_mode()
     def score_sequences(
         self,
         vision_x: Tensor | None,
@@ -133,40 +176,46 @@ class FlamingoDecoding(GenerationMixin):
         """Log-likelihoods float32[B, N] of N continuations (int64[n] each, n > 0) behind each of B prompts, summed over
         their tokens. The prompt is read once, `at_once` continuations together. Raises ValueError for an empty one.
         """
-        check_text(lang_x, attention_mask)
-        if not continuations or any(each.dim() != 1 or not len(each) for each in continuations):
+        self._check_prompts(lang_x, attention_mask)
+        if not isinstance(continuations, list | tuple) or not continuations or not all(map(is_text, continuations)):
             raise ValueError("continuations must be a sequence of tensors int64[n], none of them empty")
         if at_once < 1:
             raise ValueError(f"at_once must be 1 or more; got {at_once}")
-        mask = torch.ones_like(lang_x) if attention_mask is None else attention_mask
-        show_more = any(bool((each == self.config.media_token_id).any()) for each in continuations)
-        media, layout = self.prepare_media(lang_x, vision_x, media_features, for_later=show_more)
-        prompt = self(lang_x=lang_x, attention_mask=mask, media=media, layout=layout, use_cache=True, logits_to_keep=1)
-        scores = [
-            self._score_behind(prompt, mask, media, layout, continuations[start : start + at_once])
-            for start in range(0, len(continuations), at_once)
-        ]
+        with torch.inference_mode():
+            mask = torch.ones_like(lang_x) if attention_mask is None else attention_mask
+            show_more = any(bool((each == self.config.media_token_id).any()) for each in continuations)
+            media, layout = self.prepare_media(lang_x, vision_x, media_features, for_later=show_more)
+            prompt = {"lang_x": lang_x, "attention_mask": mask, "media": media, "layout": layout}
+            output = self(**prompt, use_cache=True, logits_to_keep=1)
+            scores = [
+                self._score_behind(prompt, output, continuations[start : start + at_once])
+                for start in range(0, len(continuations), at_once)
+            ]
         return torch.cat(scores, dim=1)
 
-    def _score_behind(self, prompt, mask: Tensor, media: ProjectedMedia, layout: MediaLayout, continuations) -> Tensor:
-        """-> float32[B, K]. Reads a copy of the prompt's cache, so that none sees another."""
-        batch, count = len(mask), len(continuations)
+    def _score_behind(self, prompt: dict, output: ModelOutput, continuations: Sequence[Tensor]) -> Tensor:
+        """-> float32[B, K]. Reads a copy of the prompt's cache, so that none sees another, and no token for whose
+        successor nobody asks."""
+        mask, media, count = prompt["attention_mask"], prompt["media"], len(continuations)
+        batch = len(mask)
         ids = pad_sequence(list(continuations), batch_first=True, padding_value=-1).to(mask.device).repeat(batch, 1)
-        real = ids >= 0
-        index = layout.media_index[:, -1:].repeat_interleave(count, 0)
+        real, logits = ids >= 0, output.logits[:, -1:].repeat_interleave(count, 0)
+        index = prompt["layout"].media_index[:, -1:].repeat_interleave(count, 0)
         index = index + (ids == self.config.media_token_id).cumsum(-1)
-        cache = copy.deepcopy(prompt.past_key_values)
-        cache.batch_repeat_interleave(count)
-        output = self(
-            lang_x=ids.clamp(min=0),
-            attention_mask=torch.cat((mask.repeat_interleave(count, 0), real.to(mask.dtype)), dim=1),
-            past_key_values=cache,
-            use_cache=True,
-            media=media,
-            layout=MediaLayout.from_index(index, media.count),
-        )
-        before = torch.cat((prompt.logits[:, -1:].repeat_interleave(count, 0), output.logits[:, :-1]), dim=1)
-        chosen = before.float().log_softmax(-1).gather(-1, ids.clamp(min=0)[..., None]).squeeze(-1)
+        layout = MediaLayout.from_index(index, media.count)
+        if ids.shape[1] > 1:
+            cache = copy.deepcopy(output.past_key_values)
+            cache.batch_repeat_interleave(count)
+            behind = self(
+                lang_x=ids[:, :-1].clamp(min=0),
+                attention_mask=torch.cat((mask.repeat_interleave(count, 0), real[:, :-1].to(mask.dtype)), dim=1),
+                past_key_values=cache,
+                use_cache=True,
+                media=media,
+                layout=MediaLayout(layout.media_index[:, :-1], media.count),
+            )
+            logits = torch.cat((logits, behind.logits), dim=1)
+        chosen = logits.float().log_softmax(-1).gather(-1, ids.clamp(min=0)[..., None]).squeeze(-1)
         return (chosen * real).sum(-1).view(batch, count)
 
     @torch.inference_mode()
@@ -179,6 +228,7 @@ class FlamingoDecoding(GenerationMixin):
 
         Raises ValueError for several prompts, whose rows would accept different numbers of guesses.
         """
+        self._check_prompts(lang_x, None)
         if len(lang_x) != 1:
             raise ValueError(f"one prompt at a time: its cache is cut to what was accepted; got {len(lang_x)} rows")
         media, layout = self.prepare_media(lang_x, vision_x, media_features)
@@ -204,11 +254,23 @@ class FlamingoDecoding(GenerationMixin):
 
 
 def check_text(lang_x: Tensor | None, attention_mask: object | None, past_key_values: Cache | None = None) -> None:
-    """Raises ValueError unless lang_x is int64[B, T], T > 0, and a mask of two axes covers it and what came before."""
-    if lang_x is None or lang_x.dim() != 2 or lang_x.shape[1] == 0:
-        raise ValueError(f"lang_x must be int64[B, T], T > 0; got {None if lang_x is None else list(lang_x.shape)}")
+    """Raises ValueError unless lang_x is int64[B, T], neither of them 0, and a mask of two axes covers it and what came
+    before."""
+    fits = isinstance(lang_x, Tensor) and lang_x.dim() == 2 and lang_x.numel() > 0
+    if not fits or lang_x.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"lang_x must be int64[B, T], T > 0; got {described(lang_x)}")
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
         before = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        expected = (len(lang_x), before + lang_x.shape[1])
-        if tuple(attention_mask.shape) != expected:
-            raise ValueError(f"attention_mask must be {list(expected)} here; got shape {list(attention_mask.shape)}")
+        expected = [len(lang_x), before + lang_x.shape[1]]
+        if list(attention_mask.shape) != expected:
+            raise ValueError(f"attention_mask must be {expected} here; got shape {list(attention_mask.shape)}")
+
+
+def is_text(tokens: object) -> bool:
+    return isinstance(tokens, Tensor) and tokens.dim() == 1 and tokens.numel() > 0 and tokens.dtype == torch.int64
+
+
+def described(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return "None" if value is None else f"a {type(value).__name__}"
+    return f"{str(value.dtype).removeprefix('torch.')} of shape {list(value.shape)}"

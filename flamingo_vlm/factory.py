@@ -49,7 +49,8 @@ def create_model_and_transforms(
 
     clip_vision_encoder_path: a pair of open_clip's names, see `tower_name`; a hub id or a local folder; or a module of
         your own, with its vis_dim and image_processor.
-    dtype: of all weights; float32, as OpenFlamingo's, is twice the bytes of most published ones.
+    dtype: of all weights but those of a module of your own. float32, as OpenFlamingo's, is twice the bytes of most
+        published ones.
     attn_implementation: of both pretrained models, as in transformers ("sdpa", "flash_attention_2", "eager").
     quantization: "int8" stores the language model's linear layers in 8 bits (torchao); or any quantization config of
         transformers. The embeddings, which checkpoints write to, are never quantized.
@@ -57,6 +58,8 @@ def create_model_and_transforms(
 
     Raises ValueError for unknown names and what does not fit together, OSError where there is nothing to load.
     """
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype must be a torch.dtype, such as torch.bfloat16; got {dtype!r}")
     hub = {"local_files_only": use_local_files, "cache_dir": cache_dir}
     if isinstance(clip_vision_encoder_path, nn.Module):
         vision_encoder = clip_vision_encoder_path
@@ -85,10 +88,7 @@ def create_model_and_transforms(
     model.generation_config.pad_token_id = tokens.pad
     for part in (model.perceiver, model.gated_cross_attn_layers):
         part.to(dtype)
-    model.requires_grad_(False)
-    model.perceiver.requires_grad_(True)
-    model.gated_cross_attn_layers.requires_grad_(True)
-    model.get_input_embeddings().requires_grad_(not freeze_lm_embeddings)
+    model.freeze_pretrained(freeze_lm_embeddings)
     return model.to(device).eval(), image_processor, tokenizer
 
 

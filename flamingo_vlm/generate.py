@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from benchmarking import choose_device
 from command_line import positive_int
@@ -19,6 +20,13 @@ from flamingo_vlm.model import Flamingo
 from flamingo_vlm.processing import END_OF_CHUNK, FlamingoProcessor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def seed(text: str) -> int:
+    """An argparse type: what torch takes for a seed."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^63 - 1; got {text!r}")
+    return int(text)
 
 
 def arguments_of(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -34,7 +42,7 @@ def arguments_of(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, a
     parser.add_argument("--max-new-tokens", type=positive_int, default=20, metavar="N", help="default 20")
     parser.add_argument("--beams", type=positive_int, default=1, metavar="N", help="beam search with N beams")
     parser.add_argument("--temperature", type=float, metavar="T", help="sample with this temperature (default: greedy)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the sampling (default 0)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the weights (default float32)")
     return parser, parser.parse_args(argv)
@@ -62,8 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             **inputs, max_new_tokens=arguments.max_new_tokens, num_beams=arguments.beams, **sampling
         )
         seconds = time.perf_counter() - start
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    except (ValueError, OSError, SafetensorError) as error:
+        parser.error(f"{arguments.model}: {error}")
     new = output[0, inputs["lang_x"].shape[1] :]
     print(processor.tokenizer.decode(new, skip_special_tokens=False).split(END_OF_CHUNK)[0].strip())
     print(f"[{len(new)} tokens, {len(arguments.image)} images, {seconds:.2f} s on {device}]")

@@ -14,6 +14,7 @@ from transformers import Cache
 
 from flamingo_vlm.conditioning import GatedLayers, ProjectedMedia, beside
 from flamingo_vlm.configuration import FlamingoConfig
+from flamingo_vlm.decoding import described
 from flamingo_vlm.vision_towers import VisionTower
 from media_masks import MediaLayout, media_index_from_locations
 from visual_token_cache import LiveFingerprint, VisualTokenCache, pixels_keys
@@ -28,6 +29,7 @@ class FlamingoMedia:
     gated_cross_attn_layers: GatedLayers
     num_latents: int | None  # the first so many visual tokens alone, of a resampler trained for it; None: all
     visual_token_cache: VisualTokenCache | None
+    _live_fingerprint: LiveFingerprint | None
     _cached_media: tuple[ProjectedMedia, Tensor] | None  # and how many images each row's prompt holds, int64[B]
 
     def encode_media(
@@ -45,14 +47,16 @@ class FlamingoMedia:
         if (vision_x is None) == (media_features is None):
             raise ValueError("give either vision_x (images) or media_features (their patch features)")
         if media_features is not None:
-            images, rank = media_features, "[B, M, F, P, D]"
-            wrong = images.dim() != 5 or images.shape[-1] != self.config.vis_dim
+            images, expected = media_features, f"media_features must be float[B, M, F, P, {self.config.vis_dim}]"
+            fits = is_tensor(images, 5) and images.shape[-1] == self.config.vis_dim
+        elif isinstance(self.vision_encoder, VisionTower):
+            images, expected = vision_x, "vision_x must be float[B, M, F, 3, h, w]"
+            fits = is_tensor(images, 6) and images.is_floating_point()
         else:
-            images, rank = vision_x, "[B, M, F, 3, h, w]"
-            wrong = images.dim() != 6 if isinstance(self.vision_encoder, VisionTower) else images.dim() < 4
-        if wrong:
-            name = "vision_x" if media_features is None else "media_features"
-            raise ValueError(f"{name} must be {rank} (D = {self.config.vis_dim}); got shape {list(images.shape)}")
+            images, expected = vision_x, "vision_x must be [B, M, F, ...]"
+            fits = isinstance(images, Tensor) and images.dim() > 3
+        if not fits:
+            raise ValueError(f"{expected}; got {described(images)}")
         leading, flat = images.shape[:2], images.flatten(0, 1)
         needed = images.new_ones(leading, dtype=torch.bool) if needed is None else needed.to(images.device)
         wanted = flat if bool(needed.all()) else flat[needed.flatten()]
@@ -74,6 +78,8 @@ class FlamingoMedia:
 
         if torch.is_grad_enabled():
             return encode(slice(None))
+        if self.visual_token_cache is None and len(images) == 1:
+            return encode(slice(None))
         cache = self.visual_token_cache or VisualTokenCache(max_bytes=1, fingerprint="one call")  # finds duplicates
         keys = pixels_keys(images, "pixels" if is_pixels else "features")
         return cache.fetch(keys, lambda missing: (encode(missing),))[0]
@@ -83,10 +89,10 @@ class FlamingoMedia:
         weight = next((each for each in self.vision_encoder.parameters() if each.is_floating_point()), images)
         frames = images.flatten(0, 1)
         features = self.vision_encoder(beside(frames, weight) if frames.is_floating_point() else frames)
-        if features.dim() != 3 or features.shape[::2] != (len(frames), self.config.vis_dim):
+        if not is_tensor(features, 3) or features.shape[::2] != (len(frames), self.config.vis_dim):
             raise ValueError(
-                f"vision_encoder must return patch features [{len(frames)}, P, vis_dim={self.config.vis_dim}]; "
-                f"got shape {list(features.shape)}"
+                f"vision_encoder must return patch features [{len(frames)}, P, vis_dim={self.config.vis_dim}], as a "
+                f"tower of transformers does in VisionTower(model); got {described(features)}"
             )
         return features.unflatten(0, images.shape[:2])
 
@@ -98,11 +104,19 @@ class FlamingoMedia:
         return self.perceiver(features, self.num_latents)[:, 0]
 
     def use_visual_token_cache(self, max_bytes: int) -> VisualTokenCache:
-        """From now on images seen before, in any call, are not encoded again, unless weights, or numbers and texts that
-        the vision encoder keeps as attributes, changed since."""
-        live = LiveFingerprint(self.vision_encoder, self.perceiver)
-        self.visual_token_cache = VisualTokenCache(max_bytes, lambda: f"{live()} {self.num_latents}")
+        """From now on images seen before, in any call, are not encoded again, unless vision encoder or resampler were
+        changed since: a weight, or a number or text kept as an attribute. Copies of the model have no cache."""
+        self.visual_token_cache = VisualTokenCache(max_bytes, self._fingerprint)
         return self.visual_token_cache
+
+    def _fingerprint(self) -> str:
+        """Of all that decides what the visual tokens of an image are."""
+        live = self._live_fingerprint
+        if live is None or live.modules != (self.vision_encoder, self.perceiver):
+            live = self._live_fingerprint = LiveFingerprint(self.vision_encoder, self.perceiver)
+        device = self.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return f"{live()} {self.num_latents} {autocast}"
 
     def prepare_media(
         self,
@@ -118,6 +132,8 @@ class FlamingoMedia:
         given = next((each for each in (vision_x, media_features) if each is not None), None)
         if given is not None and self._cached_media is not None:
             raise ValueError("media are cached, and images were given: leave them out, or call uncache_media() first")
+        if given is not None and not isinstance(given, Tensor):
+            raise ValueError(f"images must be one tensor [B, M, F, ...]; got {described(given)}")
         if given is not None and len(given) != len(lang_x):
             raise ValueError(f"{len(given)} rows of images were given for {len(lang_x)} rows of text")
         index = media_index_from_locations(lang_x == self.config.media_token_id)
@@ -139,8 +155,8 @@ class FlamingoMedia:
     def _images_before(self, index: Tensor, past_key_values: Cache | None) -> Tensor:
         """int64[B]: how many images each row's text held before this one, of which index int64[B, T] counts its own."""
         if past_key_values is not None and past_key_values.get_seq_length() > 0:
-            seen = getattr(past_key_values, "images_seen", None)
-            if seen is None or len(seen) != len(index):
+            seen, length = getattr(past_key_values, "images_seen", None) or (None, 0)
+            if seen is None or len(seen) != len(index) or length != past_key_values.get_seq_length():
                 raise ValueError(
                     "cannot tell how many images the text in past_key_values holds: use a cache that this model "
                     f"returned for these {len(index)} rows"
@@ -153,8 +169,8 @@ class FlamingoMedia:
 
     @torch.no_grad()
     def cache_media(self, input_ids: Tensor, vision_x: Tensor, media_features: Tensor | None = None) -> None:
-        """Encodes and projects a prompt's images once, for any number of calls of `forward` without images: over the
-        prompt input_ids int64[B, T] itself, or over text behind it, which sees the prompt's last image."""
+        """Encodes and projects a prompt's images, given as to `forward`, once, for any number of calls without images:
+        over the prompt input_ids int64[B, T] itself, or over text behind it, which sees the prompt's last image."""
         self.uncache_media()
         media, layout = self.prepare_media(input_ids, vision_x, media_features, for_later=True)
         self._cached_media = (media, layout.media_index[:, -1] + 1)
@@ -162,3 +178,7 @@ class FlamingoMedia:
     def uncache_media(self) -> None:
         """Forgets what `cache_media` kept."""
         self._cached_media = None
+
+
+def is_tensor(value: object, rank: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() == rank

@@ -7,7 +7,7 @@ gated cross-attention (Alayrac et al. 2022, figure 3).
     logits = lang_encoder(text), each gated block reading the image that a token sees
 
 Arguments and meaning are OpenFlamingo's, parameter names too, so that its weights load (`checkpoints.py`). It is also a
-Hugging Face model: `from_pretrained`, `save_pretrained`, `generate` with all its options.
+Hugging Face model: `from_pretrained`, `save_pretrained`, `generate`.
 
 What lies in front of the language model is `media.py`, what goes beyond one forward pass `decoding.py`.
 
@@ -31,6 +31,8 @@ from flamingo_vlm.conditioning import (
     ProjectedMedia,
     checkpoint_contexts,
     find_decoder_layers,
+    plain_language_model,
+    position_limit,
 )
 from flamingo_vlm.configuration import FlamingoConfig
 from flamingo_vlm.decoding import FlamingoDecoding, check_text
@@ -38,6 +40,12 @@ from flamingo_vlm.media import FlamingoMedia
 from flamingo_vlm.vision_towers import VisionTower
 from media_masks import MediaLayout
 from perceiver_resampler import PerceiverResampler
+
+NOT_OURS = {  # what callers of other models, or of OpenFlamingo, may pass -> what to do
+    "input_ids": "the text is lang_x",
+    "inputs_embeds": "the text is lang_x, whose tokens tell where the images are",
+    "clear_conditioned_layers": "nothing is left behind; for several calls over the same images use cache_media",
+}
 
 
 class Flamingo(FlamingoMedia, FlamingoDecoding, PreTrainedModel, GenerationMixin):
@@ -76,6 +84,9 @@ class Flamingo(FlamingoMedia, FlamingoDecoding, PreTrainedModel, GenerationMixin
             config = vision_encoder
             vision_encoder, lang_encoder = _from_config(config, own_vision_encoder)
         else:
+            parts = {"lang_encoder": lang_encoder, "eoc_token_id": eoc_token_id, "media_token_id": media_token_id}
+            if lacking := [name for name, part in (parts | {"vis_dim": vis_dim}).items() if part is None]:
+                raise ValueError(f"a Flamingo composed by hand needs {', '.join(lacking)} too")
             config = FlamingoConfig(
                 text_config=lang_encoder.config,
                 vision_config=vision_encoder.config if isinstance(vision_encoder, VisionTower) else None,
@@ -94,11 +105,12 @@ class Flamingo(FlamingoMedia, FlamingoDecoding, PreTrainedModel, GenerationMixin
             config.vis_dim, config.resampler_depth, num_latents=config.num_latents, max_num_frames=config.max_num_frames
         )
         self.decoder_layers_attr_name, layers = find_decoder_layers(lang_encoder, config.decoder_layers_attr_name)
-        self.gated_cross_attn_layers = GatedLayers(
-            len(layers), config.cross_attn_every_n_layers, lang_encoder.config.hidden_size, config.vis_dim
-        )
+        width = lang_encoder.config.get_text_config(decoder=True).hidden_size
+        every = config.cross_attn_every_n_layers
+        self.gated_cross_attn_layers = GatedLayers(len(layers), every, width, config.vis_dim)
         self.gated_cross_attn_layers.attach(layers)
-        self.num_latents = self.visual_token_cache = self._cached_media = None
+        self.position_limit = position_limit(lang_encoder)
+        self.num_latents = self.visual_token_cache = self._live_fingerprint = self._cached_media = None
         self._compiled: dict = {}  # what `generate` is given after `compile_decode`
         self._adopt_generation_config()
         self.post_init()
@@ -118,7 +130,9 @@ class Flamingo(FlamingoMedia, FlamingoDecoding, PreTrainedModel, GenerationMixin
         wants_report = kwargs.pop("output_loading_info", False)
         model, report = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
         if missing := sorted(report["missing_keys"]):
-            raise ValueError(f"{folder} lacks {len(missing)} of the model's weights: {', '.join(missing[:5])}, ...")
+            raise ValueError(
+                f"{folder} lacks {len(missing)} of the model's weights, {', '.join(missing[:5])} among them"
+            )
         return (model, report) if wants_report else model
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
@@ -132,7 +146,11 @@ class Flamingo(FlamingoMedia, FlamingoDecoding, PreTrainedModel, GenerationMixin
 
     def save_pretrained(self, folder: str | Path, **kwargs) -> None:
         """config.json, generation_config.json and the weights as safetensors, sharded (max_shard_size) where large.
-        Raises ValueError for a quantized language model: save the model it was made from."""
+        Raises ValueError for what could not be loaded again: a quantized language model, one with adapters, and a
+        resampler that is not the plain one."""
+        check_plain_resampler(self)
+        if plain_language_model(self.lang_encoder) is not self.lang_encoder:
+            raise ValueError("save the language model's adapters by themselves, or merge_and_unload() them first")
         if any(is_traceable_wrapper_subclass(parameter) for parameter in self.parameters()):
             raise ValueError("a quantized model cannot be saved: save it unquantized, and quantize where it is loaded")
         super().save_pretrained(folder, **kwargs)
@@ -164,11 +182,15 @@ class Flamingo(FlamingoMedia, FlamingoDecoding, PreTrainedModel, GenerationMixin
 
         Raises ValueError for more `<image>` tokens than images, and shapes that do not belong together.
         """
-        check_text(lang_x, attention_mask, past_key_values)
+        if wrong := [name for name in NOT_OURS if lm_kwargs.pop(name, None) is not None]:
+            raise ValueError(f"forward does not take {wrong[0]}: {NOT_OURS[wrong[0]]}")
         images_seen = None  # unknown to a later call, unless this one counted all of them
         if media is None:
+            check_text(lang_x, attention_mask, past_key_values)
+            before = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+            self.check_length(before + lang_x.shape[1])
             media, layout = self.prepare_media(lang_x, vision_x, media_features, past_key_values)
-            images_seen = layout.media_index[:, -1] + 1
+            images_seen = (layout.media_index[:, -1] + 1, before + lang_x.shape[1])
         output = Conditioning(self.gated_cross_attn_layers, media, layout).run(
             self.lang_encoder,
             input_ids=lang_x,
@@ -178,7 +200,7 @@ class Flamingo(FlamingoMedia, FlamingoDecoding, PreTrainedModel, GenerationMixin
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             **self._positions(position_ids, attention_mask, lang_x.shape[1]),
-            **lm_kwargs,
+            **(lm_kwargs | {"return_dict": True}),
         )
         if copies > 1:
             output.past_key_values.batch_repeat_interleave(copies)
@@ -190,8 +212,7 @@ class Flamingo(FlamingoMedia, FlamingoDecoding, PreTrainedModel, GenerationMixin
 
     def _positions(self, position_ids: Tensor | None, attention_mask: Tensor | None, length: int) -> dict[str, Tensor]:
         """Padding on the left must not shift learned positions: the place of each token counts real tokens alone."""
-        base = getattr(self.lang_encoder, "get_base_model", lambda: self.lang_encoder)()  # of a PEFT model
-        if "position_ids" not in inspect.signature(base.forward).parameters:
+        if "position_ids" not in inspect.signature(plain_language_model(self.lang_encoder).forward).parameters:
             return {}
         if position_ids is None and attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
@@ -205,15 +226,29 @@ class Flamingo(FlamingoMedia, FlamingoDecoding, PreTrainedModel, GenerationMixin
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.lang_encoder.set_input_embeddings(value)
 
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lang_encoder.set_output_embeddings(value)
+
     def get_output_embeddings(self) -> nn.Module | None:
         return self.lang_encoder.get_output_embeddings()
 
+    def freeze_pretrained(self, freeze_lm_embeddings: bool = False) -> None:
+        """Leaves trainable what Flamingo adds, resampler and gated blocks, and (the new tokens' rows are there) the
+        input embeddings, unless freeze_lm_embeddings."""
+        self.requires_grad_(False)
+        self.perceiver.requires_grad_(True)
+        self.gated_cross_attn_layers.requires_grad_(True)
+        self.get_input_embeddings().requires_grad_(not freeze_lm_embeddings)
+
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """Time for memory: resampler, gated blocks and decoder layers are computed again in the backward pass."""
+        """Time for memory: resampler, gated blocks and decoder layers are computed again in the backward pass. Raises
+        ValueError for use_reentrant, with which frozen layers would have no gradients."""
+        asked = gradient_checkpointing_kwargs or {}
+        if asked.get("use_reentrant"):
+            raise ValueError("use_reentrant=True would lose the gradients behind frozen layers: leave it out")
         lm = self.lang_encoder
         enable = getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)  # its new name
-        options = {"use_reentrant": False, "context_fn": checkpoint_contexts}
-        enable({**(gradient_checkpointing_kwargs or {}), **options})
+        enable({**asked, "use_reentrant": False, "context_fn": checkpoint_contexts})
         self.gated_cross_attn_layers.gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
@@ -221,12 +256,30 @@ class Flamingo(FlamingoMedia, FlamingoDecoding, PreTrainedModel, GenerationMixin
         getattr(lm, "activation_checkpointing_disable", lm.gradient_checkpointing_disable)()
         self.gated_cross_attn_layers.gradient_checkpointing = False
 
-    activation_checkpointing_enable = gradient_checkpointing_enable
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None) -> None:
+        """transformers' new name of `gradient_checkpointing_enable`."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
+
     activation_checkpointing_disable = gradient_checkpointing_disable
+
+    def __getstate__(self) -> dict:
+        """Copies, and what is pickled, start without caches."""
+        return self.__dict__ | {"visual_token_cache": None, "_live_fingerprint": None, "_cached_media": None}
+
+
+def check_plain_resampler(model: Flamingo) -> None:
+    """Raises ValueError for a resampler that was put in the place of the plain one, whose weights have other names."""
+    if type(model.perceiver) is not PerceiverResampler:
+        raise ValueError(
+            f"model.perceiver is a {type(model.perceiver).__name__}: save with the PerceiverResampler that it wraps in "
+            "its place"
+        )
 
 
 def _from_config(config: FlamingoConfig, own_vision_encoder: nn.Module | None) -> tuple[nn.Module, PreTrainedModel]:
     """Both models, untrained. Raises ValueError where the vision encoder is a module of one's own and was not given."""
+    if config.text_config is None:
+        raise ValueError("this is no Flamingo: its config.json has no text_config")
     if (config.vision_config is None) == (own_vision_encoder is None):
         raise ValueError(
             "this model was saved with a vision encoder of one's own, which no config can build: pass the module as "

@@ -531,7 +531,7 @@ def test_scoring_reads_each_prompt_and_its_images_once(model):
     shapes = []
     watch(model.lang_encoder.model.layers[0], lambda args, kwargs: shapes.append(tuple(args[0].shape[:2])))
     model.score_sequences(IMAGES, IDS, CONTINUATIONS, MASK, at_once=3)
-    assert shapes == [(2, LENGTH), (2 * 3, 4), (2 * 2, 3)]
+    assert shapes == [(2, LENGTH), (2 * 3, 3), (2 * 2, 2)], "nobody asks what follows the last token"
     assert model.vision_encoder.images_seen == 3
 
 
@@ -562,8 +562,8 @@ def test_scoring_nothing_at_once_is_an_error(model, at_once):
 @pytest.mark.parametrize(
     ("ids", "mask", "message"),
     [
-        (IDS[0], MASK[0], rf"lang_x must be int64\[B, T\], T > 0; got \[{LENGTH}\]"),
-        (IDS[:, :0], MASK[:, :0], r"lang_x must be int64\[B, T\], T > 0; got \[2, 0\]"),
+        (IDS[0], MASK[0], rf"lang_x must be int64\[B, T\], T > 0; got int64 of shape \[{LENGTH}\]"),
+        (IDS[:, :0], MASK[:, :0], r"lang_x must be int64\[B, T\], T > 0; got int64 of shape \[2, 0\]"),
         (None, None, r"lang_x must be int64\[B, T\], T > 0; got None"),
         (IDS, MASK[:, 1:], rf"attention_mask must be \[2, {LENGTH}\] here; got shape \[2, {LENGTH - 1}\]"),
         (IDS, MASK[:1], rf"attention_mask must be \[2, {LENGTH}\] here; got shape \[1, {LENGTH}\]"),
