@@ -2,12 +2,13 @@
 
     python -m flamingo_vlm.benchmark
 
-Three ways to decode the same tokens with one model of OPT-125M's shape (random weights: they take the time of trained
-ones) and visual tokens as wide as those of ViT-L/14:
+Ways to decode the same tokens with one model of OPT-125M's shape (random weights: they take the time of trained ones)
+and visual tokens as wide as those of ViT-L/14:
 
 * re-projecting: as OpenFlamingo does, the keys and values of all images are projected anew for each token, and its
   scores are computed against all of them behind a mask;
-* here: `Flamingo.generate`;
+* projected once: `Flamingo.generate` with torch's own products on the CPU;
+* here: `Flamingo.generate` as it is, on a CPU with products of few rows on all threads (`few_rows.py`);
 * compiled: the same after `compile_decode()`.
 
 Times are of single decoding steps, the three ways taking turns, with a table row printed only once they generated the
@@ -31,6 +32,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, OPTConfig
 from attention_layers import CrossAttention, MediaKV
 from benchmarking import choose_device, copy_ceiling, environment, matmul_ceiling, synchronize
 from command_line import positive_int, recorded
+from flamingo_vlm import decoding
 from flamingo_vlm.decoding import PromptMedia
 from flamingo_vlm.generate import DTYPES
 from flamingo_vlm.model import Flamingo
@@ -71,6 +73,16 @@ class MaskedCrossAttention(CrossAttention):
 
 
 @contextmanager
+def plain_products() -> Iterator[None]:
+    """Within it `generate` leaves products of few rows to torch."""
+    ours, decoding.few_rows_on_all_threads = decoding.few_rows_on_all_threads, nullcontext
+    try:
+        yield
+    finally:
+        decoding.few_rows_on_all_threads = ours
+
+
+@contextmanager
 def re_projecting(model: Flamingo, media: Tensor) -> Iterator[None]:
     """Within it the model decodes as OpenFlamingo does. media: the prompt's visual tokens float[B, M, L, D]."""
     prepare, attentions = model.prepare_inputs_for_generation, [b.attn for b in model.gated_cross_attn_layers.values()]
@@ -83,7 +95,8 @@ def re_projecting(model: Flamingo, media: Tensor) -> Iterator[None]:
     for attention in attentions:
         attention.__class__ = MaskedCrossAttention
     try:
-        yield
+        with plain_products():
+            yield
     finally:
         del model.prepare_inputs_for_generation
         for attention in attentions:
@@ -161,8 +174,11 @@ def measured(model: Flamingo, arguments: argparse.Namespace, images: int, device
         media = model.encode_media(media_features=prompt["media_features"])
     ways = {
         "re-projecting": (lambda: re_projecting(model, media), {"cache_implementation": "dynamic"}),
+        "projected once": (plain_products, {"cache_implementation": "dynamic"}),
         "here": (nullcontext, {"cache_implementation": "dynamic"}),
     }
+    if device.type != "cpu":
+        del ways["projected once"]  # which is what happens there
     if arguments.compile:
         ways["compiled"] = (nullcontext, {})
     seconds, tokens = {name: [] for name in ways}, {}
