@@ -145,7 +145,8 @@ def vlm_block(results: dict) -> str:
         Column("re-projecting time", "re-projecting", format_seconds),
         Column("re-projecting flops", "FLOP", format_count),
         Column("projected once time", "projected once", format_seconds),
-        Column("projected once speedup", "speedup", format_ratio), Column("here time", "here", format_seconds), Column("here speedup", "speedup", format_ratio),
+        Column("projected once speedup", "speedup", format_ratio),
+        Column("here time", "here", format_seconds), Column("here speedup", "speedup", format_ratio),
         Column("here flops", "FLOP", format_count), Column("here bytes", "bytes", format_bytes),
         Column("compiled time", "compiled", format_seconds), Column("compiled speedup", "speedup", format_ratio),
     ]  # fmt: skip
