@@ -36,12 +36,12 @@ UNSUPPORTED = {  # option of transformers' generate -> what to do
 NOT_COMPILED = {"cache_implementation", "past_key_values", "use_cache", "prompt_lookup_num_tokens", "generation_config"}
 
 
-@dataclass(frozen=True)
+@dataclass
 class PromptMedia:
     """What one generation reads: all images, for the prompt of `length` tokens; behind it each row's last image alone,
-    unless `<image>` may be generated (None)."""
+    unless `<image>` may be generated (None). All the others are let go then."""
 
-    all: ProjectedMedia
+    all: ProjectedMedia | None
     last: ProjectedMedia | None
     length: int
     before: Tensor  # int64[B], images in the text before the prompt, see `cache_media`
@@ -78,9 +78,11 @@ class FlamingoDecoding(GenerationMixin):
 
         kwargs: those of transformers' `generate` (max_new_tokens, num_beams, do_sample, cache_implementation ...) but
         the ones that UNSUPPORTED names. A prompt's hidden states are returned once, not once per beam.
-        allow_media_tokens: the text may hold `<image>`; such a token sees the next of the images given, or none where
-        they are used up. Raises ValueError as `forward` does, for padding on the right, and for text longer than the
-        language model's positions.
+        allow_media_tokens: the text may hold `<image>`; such a token sees the next of the images given, those that pad
+        a row included, or none where they are used up.
+
+        Raises ValueError as `forward` does, for padding on the right, and for text longer than the language model has
+        positions for.
         """
         self._check_prompts(lang_x, attention_mask)
         for name, instead in UNSUPPORTED.items():
@@ -90,8 +92,9 @@ class FlamingoDecoding(GenerationMixin):
             new = kwargs.get("max_new_tokens") or self.generation_config.max_new_tokens or 0
             self.check_length(max(lang_x.shape[1] + new, kwargs.get("max_length") or 0))
         with torch.inference_mode(), few_rows_on_all_threads() if self.device.type == "cpu" else nullcontext():
-            media, layout = self.prepare_media(lang_x, vision_x, media_features, for_later=allow_media_tokens)
-            kwargs["prompt_media"] = self._prompt_media(lang_x, media, layout, allow_media_tokens)
+            prepared = self.prepare_media(lang_x, vision_x, media_features, for_later=allow_media_tokens)
+            kwargs["prompt_media"] = self._prompt_media(lang_x, *prepared, allow_media_tokens)
+            del prepared
             if not allow_media_tokens:
                 never = Never(self.config.media_token_id)
                 kwargs["logits_processor"] = [never, *(kwargs.get("logits_processor") or ())]
@@ -129,12 +132,14 @@ class FlamingoDecoding(GenerationMixin):
         inputs = self.lang_encoder.prepare_inputs_for_generation(input_ids, **kwargs)
         lang_x = inputs.pop("input_ids")
         new = lang_x.shape[1]
-        media = prompt_media.all
         index = media_index_from_locations(input_ids == self.config.media_token_id)
-        index = index + prompt_media.before.repeat_interleave(len(input_ids) // media.rows)[:, None]
-        index = index.masked_fill(index >= media.count, -1)  # generated, with no image left for it
+        index = index + prompt_media.before.repeat_interleave(len(input_ids) // len(prompt_media.before))[:, None]
         if prompt_media.last is not None and input_ids.shape[1] - new >= prompt_media.length:
+            prompt_media.all = None
             media, index = prompt_media.last, index.clamp(max=0)
+        else:
+            media = prompt_media.all
+            index = index.masked_fill(index >= media.count, -1)  # generated, with no image left for it
         index = index[:, -new:].clone(memory_format=torch.contiguous_format)  # strides that grow would compile anew
         inputs |= {"lang_x": lang_x, "media": media, "layout": MediaLayout(index, media.count)}
         return self._once_per_prompt(inputs)

@@ -84,8 +84,9 @@ class Flamingo(FlamingoMedia, FlamingoDecoding, PreTrainedModel, GenerationMixin
             config = vision_encoder
             vision_encoder, lang_encoder = _from_config(config, own_vision_encoder)
         else:
-            parts = {"lang_encoder": lang_encoder, "eoc_token_id": eoc_token_id, "media_token_id": media_token_id}
-            if lacking := [name for name, part in (parts | {"vis_dim": vis_dim}).items() if part is None]:
+            needed = {"lang_encoder": lang_encoder, "eoc_token_id": eoc_token_id, "media_token_id": media_token_id}
+            needed["vis_dim"] = vis_dim
+            if lacking := [name for name, part in needed.items() if part is None]:
                 raise ValueError(f"a Flamingo composed by hand needs {', '.join(lacking)} too")
             config = FlamingoConfig(
                 text_config=lang_encoder.config,

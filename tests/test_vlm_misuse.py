@@ -2,11 +2,12 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, LogitsProcessor
 
 from adaptive_resampler import AdaptivePerceiverResampler
 from confidence_head import RiskHead
@@ -101,6 +102,28 @@ def test_generated_ids_may_be_trained_on(model):
     mask = torch.ones_like(generated)
     mask[:, : IDS.shape[1]] = MASK
     model(IMAGES, generated, mask, labels=generated).loss.backward()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_images_that_nobody_reads_again_are_let_go(model, monkeypatch, beams):
+    """Behind the prompt its last image is all that is read: the others do not stay in memory."""
+    project, alive = type(model.gated_cross_attn_layers).project, []
+
+    def watched(self, media):
+        projected = project(self, media)
+        alive.append(weakref.ref(projected))
+        return projected
+
+    monkeypatch.setattr(type(model.gated_cross_attn_layers), "project", watched)
+    there = []
+
+    class Look(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            there.append(alive[0]() is not None)
+            return scores
+
+    model.generate(IMAGES, IDS, MASK, **ENDLESS, num_beams=beams, logits_processor=[Look()])
+    assert len(alive) == 1 and there == [True] + [False] * 4
 
 
 # ---------------------------------------------------------------------------------------------------- wrapped
