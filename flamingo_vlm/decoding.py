@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache, CompileConfig, DynamicCache, GenerationMixin, LogitsProcessor
+from transformers import CompileConfig, DynamicCache, GenerationMixin, LogitsProcessor
 from transformers.utils import ModelOutput
 
 from flamingo_vlm.conditioning import ProjectedMedia
@@ -44,7 +44,7 @@ class PromptMedia:
     all: ProjectedMedia | None
     last: ProjectedMedia | None
     length: int
-    before: Tensor  # int64[B], images in the text before the prompt, see `cache_media`
+    ends: Tensor  # int64[B], the image that each prompt's last token sees, counting those cached in front of it
 
 
 class Never(LogitsProcessor):
@@ -92,9 +92,11 @@ class FlamingoDecoding(GenerationMixin):
             new = kwargs.get("max_new_tokens") or self.generation_config.max_new_tokens or 0
             self.check_length(max(lang_x.shape[1] + new, kwargs.get("max_length") or 0))
         with torch.inference_mode(), few_rows_on_all_threads() if self.device.type == "cpu" else nullcontext():
-            prepared = self.prepare_media(lang_x, vision_x, media_features, for_later=allow_media_tokens)
-            kwargs["prompt_media"] = self._prompt_media(lang_x, *prepared, allow_media_tokens)
-            del prepared
+            media, layout = self.prepare_media(lang_x, vision_x, media_features, for_later=allow_media_tokens)
+            ends = layout.media_index[:, -1]
+            last = None if allow_media_tokens else media.select(ends)
+            kwargs["prompt_media"] = PromptMedia(media, last, lang_x.shape[1], ends)
+            del media  # so that PromptMedia alone holds it
             if not allow_media_tokens:
                 never = Never(self.config.media_token_id)
                 kwargs["logits_processor"] = [never, *(kwargs.get("logits_processor") or ())]
@@ -121,26 +123,22 @@ class FlamingoDecoding(GenerationMixin):
                 f"the text would have {tokens} tokens, and this language model has positions for {self.position_limit}"
             )
 
-    def _prompt_media(self, lang_x: Tensor, media: ProjectedMedia, layout: MediaLayout, more: bool) -> PromptMedia:
-        index = layout.media_index
-        before = index[:, 0] + 1 - (lang_x[:, 0] == self.config.media_token_id).long()
-        return PromptMedia(media, None if more else media.select(index[:, -1]), lang_x.shape[1], before)
-
     def prepare_inputs_for_generation(self, input_ids: Tensor, prompt_media: PromptMedia, **kwargs) -> dict:
         """What `forward` is given for the next pass. input_ids int64[R, T] is the whole text, of which the language
         model picks what is new."""
         inputs = self.lang_encoder.prepare_inputs_for_generation(input_ids, **kwargs)
         lang_x = inputs.pop("input_ids")
         new = lang_x.shape[1]
-        index = media_index_from_locations(input_ids == self.config.media_token_id)
-        index = index + prompt_media.before.repeat_interleave(len(input_ids) // len(prompt_media.before))[:, None]
+        ends = prompt_media.ends.repeat_interleave(len(input_ids) // len(prompt_media.ends))[:, None]
         if prompt_media.last is not None and input_ids.shape[1] - new >= prompt_media.length:
             prompt_media.all = None
-            media, index = prompt_media.last, index.clamp(max=0)
+            media, index = prompt_media.last, ends.clamp(max=0).repeat(1, new)
         else:
             media = prompt_media.all
+            index = media_index_from_locations(input_ids == self.config.media_token_id)
+            index = index + ends - index[:, prompt_media.length - 1 : prompt_media.length]
             index = index.masked_fill(index >= media.count, -1)  # generated, with no image left for it
-        index = index[:, -new:].clone(memory_format=torch.contiguous_format)  # strides that grow would compile anew
+            index = index[:, -new:].clone(memory_format=torch.contiguous_format)  # growing strides would compile anew
         inputs |= {"lang_x": lang_x, "media": media, "layout": MediaLayout(index, media.count)}
         return self._once_per_prompt(inputs)
 
@@ -258,14 +256,13 @@ class FlamingoDecoding(GenerationMixin):
         self.generation_config = config
 
 
-def check_text(lang_x: Tensor | None, attention_mask: object | None, past_key_values: Cache | None = None) -> None:
-    """Raises ValueError unless lang_x is int64[B, T], neither of them 0, and a mask of two axes covers it and what came
-    before."""
+def check_text(lang_x: Tensor | None, attention_mask: object | None, before: int = 0) -> None:
+    """Raises ValueError unless lang_x is int64[B, T], neither of them 0, and a mask of two axes covers it and the
+    `before` tokens in front of it."""
     fits = isinstance(lang_x, Tensor) and lang_x.dim() == 2 and lang_x.numel() > 0
     if not fits or lang_x.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"lang_x must be int64[B, T], T > 0; got {described(lang_x)}")
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-        before = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         expected = [len(lang_x), before + lang_x.shape[1]]
         if list(attention_mask.shape) != expected:
             raise ValueError(f"attention_mask must be {expected} here; got shape {list(attention_mask.shape)}")

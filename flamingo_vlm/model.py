@@ -187,8 +187,8 @@ class Flamingo(FlamingoMedia, FlamingoDecoding, PreTrainedModel, GenerationMixin
             raise ValueError(f"forward does not take {wrong[0]}: {NOT_OURS[wrong[0]]}")
         images_seen = None  # unknown to a later call, unless this one counted all of them
         if media is None:
-            check_text(lang_x, attention_mask, past_key_values)
             before = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+            check_text(lang_x, attention_mask, before)
             self.check_length(before + lang_x.shape[1])
             media, layout = self.prepare_media(lang_x, vision_x, media_features, past_key_values)
             images_seen = (layout.media_index[:, -1] + 1, before + lang_x.shape[1])
