@@ -157,8 +157,9 @@ def vlm_block(results: dict) -> str:
     least = format_seconds(rows[0]["here bytes"] / results["ceilings"]["copy_bytes"])
     return (
         f"{markdown_table(rows, columns)}\n\n{machine}, torch {environment['torch']}, {arguments['dtype']}, batch "
-        f"{arguments['batch']}. Behind the same {pair['text']} tokens of text, in turns: {one} with 1 image and {many} "
-        f"with {pair['images'][1]}. Reading the bytes of the first row takes {least} at this machine's copy speed."
+        f"{arguments['batch']}. Behind the same {pair['text']} tokens of text, in {pair['turns']} turns: {one} with 1 "
+        f"image and {many} with {pair['images'][1]}, the median ratio of neighbouring turns "
+        f"{format_ratio(pair['ratio'])}. Reading the bytes of the first row takes {least} at this machine's copy speed."
     )
 
 
